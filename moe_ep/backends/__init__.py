@@ -1,0 +1,1 @@
+"""The backends: tokenspeed's interface around one implementation each."""

@@ -1,0 +1,50 @@
+"""The dense reference of a layer: every hit expert read from the checkpoint, dequantised, computed in f32.
+
+Shares no code with the backends beyond the format and the router, and holds one expert at a time, so it
+checks a layer whose experts would not fit the device dequantised.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from moe_ep.checkpoint import Checkpoint
+from moe_ep.fp8 import dequantise_blocks
+from moe_ep.mxfp4 import dequantise
+from moe_ep.routing import route
+
+
+def dense_layer(checkpoint: Checkpoint, layer: int, hidden_states: Tensor, token_ids: Tensor) -> Tensor:
+    """Output f32 [M, H] of a whole MoE layer for hidden_states bf16 [M, H] and token_ids int64 [M]."""
+    shape = checkpoint.shape
+    device = hidden_states.device
+    gate = {name: t.to(device) for name, t in checkpoint.read_gate(layer).items()}
+    topk = route(
+        hidden_states,
+        gate["weight"],
+        shape.top_k,
+        shape.routed_scaling,
+        bias=gate.get("bias"),
+        tid2eid=gate.get("tid2eid"),
+        token_ids=token_ids,
+    )
+    x = hidden_states.float()
+    out = torch.zeros_like(x)
+    for expert in topk.topk_ids.unique().tolist():
+        hit = topk.topk_ids == expert
+        tokens = hit.any(-1)
+        parts = {name: t.to(device) for name, t in checkpoint.read_expert(layer, expert).items()}
+        w1, w2, w3 = (dequantise(parts[f"{n}.weight"], parts[f"{n}.scale"]) for n in ("w1", "w2", "w3"))
+        weight = (topk.topk_weights * hit).sum(-1, keepdim=True)[tokens]
+        out[tokens] += weight * _expert(x[tokens], w1, w2, w3, shape.swiglu_limit)
+    if shape.shared_experts:
+        parts = {name: t.to(device) for name, t in checkpoint.read_shared_expert(layer).items()}
+        w1, w2, w3 = (dequantise_blocks(parts[f"{n}.weight"], parts[f"{n}.scale"]) for n in ("w1", "w2", "w3"))
+        out += _expert(x, w1, w2, w3, shape.swiglu_limit)
+    return out
+
+
+def _expert(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, limit: float) -> Tensor:
+    gate = linear(x, w1).clamp(max=limit)
+    up = linear(x, w3).clamp(-limit, limit)
+    return linear(silu(gate) * up, w2)

@@ -1,0 +1,38 @@
+"""V4's fp8 weights: e4m3fn elements, one power-of-two (e8m0) scale per 128×128 block."""
+
+import torch
+from torch import Tensor
+
+from moe_ep.mxfp4 import as_bytes, e8m0_to_float
+from moe_ep.shape import FP8_BLOCK
+
+_E4M3_MAX = 448.0
+
+
+def block_grid(rows: int, columns: int) -> tuple[int, int]:
+    """Shape of the scales of a [rows, columns] weight; edge blocks may be partial."""
+    return -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+
+
+def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
+    spread = scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+    return spread[:rows, :columns]
+
+
+def quantise_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise f32 [R, C] to float8_e4m3fn [R, C] and scales uint8 [⌈R/128⌉, ⌈C/128⌉], value 2^(byte−127).
+
+    The scale is the smallest power of two under which the block's largest magnitude stays within 448.
+    """
+    rows, columns = x.shape
+    grid = block_grid(rows, columns)
+    padded = x.new_zeros(grid[0] * FP8_BLOCK, grid[1] * FP8_BLOCK)
+    padded[:rows, :columns] = x
+    amax = padded.view(grid[0], FP8_BLOCK, grid[1], FP8_BLOCK).abs().amax(dim=(1, 3)).clamp(min=1e-4)
+    byte = (torch.ceil(torch.log2(amax / _E4M3_MAX)) + 127).to(torch.uint8)
+    return (x / _spread(e8m0_to_float(byte), rows, columns)).to(torch.float8_e4m3fn), byte
+
+
+def dequantise_blocks(weight: Tensor, scale: Tensor) -> Tensor:
+    """Values f32 [R, C] of float8_e4m3fn [R, C] and block scales (uint8 or float8_e8m0fnu)."""
+    return weight.float() * _spread(e8m0_to_float(as_bytes(scale)), *weight.shape)

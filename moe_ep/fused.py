@@ -1,0 +1,165 @@
+"""`fused_moe_mxfp4`: the experts of one rank as one function."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from moe_ep.placement import NOT_LOCAL
+from moe_ep.shape import MXFP4_BLOCK
+
+_IMPLS = {
+    "triton_kernel": "moe_ep.backends.triton_kernel",
+    "reference": "moe_ep.backends.reference",
+}
+
+
+def fused_moe_mxfp4(
+    hidden_states: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    b13: Tensor | None = None,
+    b2: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    swiglu_limit: float | None = 10.0,
+    activation_dtype: str = "bf16",
+    impl: str = "auto",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """This rank's partial of a mixture of mxfp4 experts.
+
+    y[m] = Σ_k topk_weights[m, k] · (w2ₑ · h + b2ₑ), with e = the local row of topk_ids[m, k],
+    h = silu(min(g, limit)) · clamp(u, ±limit), g = w1ₑ·x + b1ₑ, u = w3ₑ·x + b3ₑ (DeepSeek-V4). Routes to experts that
+    are not local are skipped, not computed with weight 0. The routing weights are used as they come: the
+    routed scaling factor is the router's.
+
+    Parameters
+    ----------
+    hidden_states: bf16 [M, H], any M including 0
+    w13: uint8 [L, 2I, H/2], two e2m1 a byte, low nibble = even k; w1's rows, then w3's
+    w13_scale: e8m0 [L, 2I, H/32], uint8 or float8_e8m0fnu
+    w2, w2_scale: uint8 [L, H, I/2] and e8m0 [L, H, I/32]
+    topk_ids: int [M, k], any k; global experts with an `expert_map`, else local rows; −1 is padding
+    topk_weights: float [M, k]
+    b13, b2: optional [L, 2I] and [L, H]; w2's bias counts once per route, times its weight
+    expert_map: int [E], local row of each global expert, −1 where it is not local
+    swiglu_limit: the clamp, None for none
+    activation_dtype: "bf16"
+    impl: "triton_kernel", "reference", or "auto": the kernels where they run, else the reference
+    out_dtype: of the result; None for that of hidden_states
+
+    Returns
+    -------
+    Tensor [M, H], to be summed over the ranks. Equal inputs give equal bits.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a shape, dtype or device does not fit; names the argument.
+    """
+    _check(hidden_states, w13, w13_scale, w2, w2_scale, topk_ids, topk_weights, b13, b2, expert_map)
+    if activation_dtype != "bf16":
+        raise ValueError(f"activation_dtype is {activation_dtype!r}; implemented: 'bf16'")
+    experts: Callable[..., Tensor] = import_module(_IMPLS[_resolve(impl, hidden_states)]).experts
+    out = experts(
+        hidden_states,
+        w13,
+        w13_scale.view(torch.uint8),
+        w2,
+        w2_scale.view(torch.uint8),
+        localise(topk_ids, expert_map, w13.shape[0]),
+        topk_weights,
+        b13,
+        b2,
+        swiglu_limit,
+    )
+    return out.to(out_dtype or hidden_states.dtype)
+
+
+def localise(topk_ids: Tensor, expert_map: Tensor | None, num_local: int) -> Tensor:
+    """Local row int32 [M, k] of every route, −1 for remote experts, padding and ids that do not exist."""
+    ids = topk_ids.long()
+    known = num_local if expert_map is None else expert_map.numel()
+    # A negative id must not wrap to the last entry of the map, so it is looked up as 0 and dropped after.
+    exists = (ids >= 0) & (ids < known)
+    ids = torch.where(exists, ids, 0)
+    rows = ids if expert_map is None else expert_map.to(ids.device)[ids].long()
+    return torch.where(exists & (rows >= 0) & (rows < num_local), rows, NOT_LOCAL).int()
+
+
+def _resolve(impl: str, hidden_states: Tensor) -> str:
+    if impl == "auto":
+        from moe_ep.backends.triton_kernel import runs_on  # triton is imported only where it is wanted
+
+        return "triton_kernel" if runs_on(hidden_states.device) else "reference"
+    if impl not in _IMPLS:
+        raise ValueError(f"impl is {impl!r}; there are: auto, {', '.join(_IMPLS)}")
+    return impl
+
+
+def _check(
+    x: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    expert_map: Tensor | None,
+) -> None:
+    if x.dim() != 2 or w13.dim() != 3:
+        raise ValueError(f"hidden_states {list(x.shape)} must be [M, H] and w13 {list(w13.shape)} [L, 2I, H/2]")
+    tokens, hidden = x.shape
+    local, inner = w13.shape[0], w13.shape[1] // 2
+    if hidden % MXFP4_BLOCK or inner % MXFP4_BLOCK:
+        raise ValueError(f"H = {hidden} and I = {inner} must be multiples of {MXFP4_BLOCK}, the mxfp4 block")
+    if topk_ids.dim() != 2:
+        raise ValueError(f"topk_ids {list(topk_ids.shape)} must be [M, k]")
+    expected = {
+        "w13": (w13, (local, 2 * inner, hidden // 2)),
+        "w13_scale": (w13_scale, (local, 2 * inner, hidden // MXFP4_BLOCK)),
+        "w2": (w2, (local, hidden, inner // 2)),
+        "w2_scale": (w2_scale, (local, hidden, inner // MXFP4_BLOCK)),
+        "topk_ids": (topk_ids, (tokens, topk_ids.shape[1])),
+        "topk_weights": (topk_weights, (tokens, topk_ids.shape[1])),
+        "b13": (b13, (local, 2 * inner)),
+        "b2": (b2, (local, hidden)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden_states on {x.device}")
+    _check_dtypes(x, (w13, w2), (w13_scale, w2_scale), topk_ids, topk_weights)
+    if expert_map is not None and (expert_map.dim() != 1 or expert_map.dtype.is_floating_point):
+        raise ValueError(
+            f"expert_map is {expert_map.dtype} {list(expert_map.shape)}, expected integers [E]: "
+            "local rows, -1 where not local"
+        )
+
+
+def _check_dtypes(
+    x: Tensor, weights: tuple[Tensor, ...], scales: tuple[Tensor, ...], topk_ids: Tensor, topk_weights: Tensor
+) -> None:
+    if x.dtype != torch.bfloat16:
+        raise TypeError(f"hidden_states is {x.dtype}, expected torch.bfloat16")
+    for weight in weights:
+        if weight.dtype != torch.uint8:
+            raise TypeError(f"packed weights are {weight.dtype}, expected torch.uint8 (two e2m1 codes a byte)")
+    for scale in scales:
+        if scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+            raise TypeError(f"scales are {scale.dtype}, expected torch.uint8 or torch.float8_e8m0fnu")
+    if topk_ids.dtype.is_floating_point or not topk_weights.dtype.is_floating_point:
+        raise TypeError(
+            f"topk_ids is {topk_ids.dtype} and topk_weights {topk_weights.dtype}, expected integers and floats"
+        )

@@ -1,0 +1,86 @@
+"""Grouped GEMM of w2, weighted per route, and the combine of a token's routes."""
+
+import triton
+import triton.language as tl
+
+from moe_ep.kernels.decode import dequantise, dot_bf16
+
+
+@triton.jit
+def down_kernel(
+    h_ptr,  # bf16 [routes, INTER], row = position in the sorted routes
+    w2_ptr,  # uint8 [L, HIDDEN, INTER/2]
+    scale_ptr,  # uint8 [L, HIDDEN, INTER/32]
+    bias_ptr,  # f32 [L, HIDDEN], read if HAS_BIAS
+    weight_ptr,  # f32 [M·TOP_K]: routing weights
+    y_ptr,  # out: f32 [M·TOP_K, HIDDEN], row = route; rows of remote routes are not written
+    route_ptr,  # int32 [routes]
+    block_expert_ptr,  # int32 [blocks]
+    block_start_ptr,  # int32 [blocks]
+    block_end_ptr,  # int32 [blocks]
+    HIDDEN: tl.constexpr,
+    INTER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # routes of one expert
+    BLOCK_N: tl.constexpr,  # hidden features
+    BLOCK_K: tl.constexpr,  # intermediate features a step, a multiple of 32
+):
+    # Layout: one program makes a [BLOCK_M, BLOCK_N] tile of y and scatters its rows to their routes: every
+    # route has a row of its own, so nothing is added up here and no atomics are needed.
+    n_tiles: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    block = tl.program_id(0) // n_tiles
+    expert = tl.load(block_expert_ptr + block)
+    if expert < 0:
+        return
+    position = tl.load(block_start_ptr + block) + tl.arange(0, BLOCK_M)
+    row_mask = position < tl.load(block_end_ptr + block)
+    route = tl.load(route_ptr + position, mask=row_mask, other=0)
+
+    n = tl.program_id(0) % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_mask = n < HIDDEN
+    row = expert.to(tl.int64) * HIDDEN + n
+
+    k = tl.arange(0, BLOCK_K)
+    k_pair = tl.arange(0, BLOCK_K // 2)
+    k_block = tl.arange(0, BLOCK_K // 32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, INTER, BLOCK_K):
+        h_mask = row_mask[:, None] & (start + k < INTER)[None, :]
+        h = tl.load(h_ptr + position.to(tl.int64)[:, None] * INTER + (start + k)[None, :], mask=h_mask, other=0.0)
+        pair = start // 2 + k_pair
+        scale_block = start // 32 + k_block
+        w_mask = n_mask[:, None] & (pair < INTER // 2)[None, :]
+        s_mask = n_mask[:, None] & (scale_block < INTER // 32)[None, :]
+        w2 = tl.load(w2_ptr + row[:, None] * (INTER // 2) + pair[None, :], mask=w_mask, other=0)
+        s2 = tl.load(scale_ptr + row[:, None] * (INTER // 32) + scale_block[None, :], mask=s_mask, other=0)
+        acc = dot_bf16(h, dequantise(w2, s2, BLOCK_N, BLOCK_K).T, acc, INTERPRETED)
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + row, mask=n_mask, other=0.0)[None, :]
+    acc *= tl.load(weight_ptr + route, mask=row_mask, other=0.0)[:, None]
+    y_mask = row_mask[:, None] & n_mask[None, :]
+    tl.store(y_ptr + route.to(tl.int64)[:, None] * HIDDEN + n[None, :], acc, mask=y_mask)
+
+
+@triton.jit
+def combine_kernel(
+    y_ptr,  # f32 [M·TOP_K, HIDDEN]
+    local_ids_ptr,  # int32 [M, TOP_K], −1 where not local
+    out_ptr,  # out: f32 [M, HIDDEN]
+    HIDDEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,  # hidden features
+):
+    # The trick: a token's routes are added in the order of its slots by one program, so the sum is the same
+    # in every run; remote slots were never written and are not read.
+    n_tiles: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
+    token = (tl.program_id(0) // n_tiles).to(tl.int64)
+    n = tl.program_id(0) % n_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
+    n_mask = n < HIDDEN
+    acc = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        route = token * TOP_K + slot
+        local = tl.load(local_ids_ptr + route) >= 0
+        acc += tl.load(y_ptr + route * HIDDEN + n, mask=n_mask & local, other=0.0)
+    tl.store(out_ptr + token * HIDDEN + n, acc, mask=n_mask)

@@ -1,0 +1,127 @@
+"""The sizes of a DeepSeek-V4 model, and the bytes that follow from them. Needs no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MXFP4_BLOCK = 32
+"""Weights that share one e8m0 scale along K (OCP MX v1.0)."""
+
+FP8_BLOCK = 128
+"""Rows and columns that share one scale in V4's fp8 weights."""
+
+# field of ModelShape -> key of the checkpoint's config.json
+_CONFIG_KEYS = {
+    "hidden": "hidden_size",
+    "intermediate": "moe_intermediate_size",
+    "layers": "num_hidden_layers",
+    "experts": "n_routed_experts",
+    "top_k": "num_experts_per_tok",
+    "shared_experts": "n_shared_experts",
+    "hash_layers": "num_hash_layers",
+    "mtp_layers": "num_nextn_predict_layers",
+    "vocab": "vocab_size",
+    "routed_scaling": "routed_scaling_factor",
+    "swiglu_limit": "swiglu_limit",
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of the MoE part of a DeepSeek-V4 model.
+
+    `hidden` and `intermediate` are H and I of one expert; `layers` does not count the MTP layers.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    experts: int
+    top_k: int
+    vocab: int
+    shared_experts: int = 1
+    hash_layers: int = 3
+    mtp_layers: int = 0
+    routed_scaling: float = 1.0
+    swiglu_limit: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "intermediate"):
+            if getattr(self, name) < MXFP4_BLOCK or getattr(self, name) % MXFP4_BLOCK:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} must be a positive multiple of {MXFP4_BLOCK}, the mxfp4 block"
+                )
+        for name in ("layers", "experts", "top_k", "vocab"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k = {self.top_k} is more than experts = {self.experts}")
+        if not 0 <= self.hash_layers <= self.layers:
+            raise ValueError(f"hash_layers = {self.hash_layers} must lie in 0..layers = {self.layers}")
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one packed expert: w1, w2, w3 at half a byte a weight plus one scale byte per 32."""
+        weights = 3 * self.hidden * self.intermediate
+        return weights // 2 + weights // MXFP4_BLOCK
+
+    def held_bytes(self, layers: Sequence[int], local_experts: int) -> dict[str, int]:
+        """Bytes of `layers` on a rank that holds `local_experts` of each, by item, as they lie in memory.
+
+        Routed experts are packed; the shared expert is held in bf16, the router as on disk.
+        """
+        gate = self.experts * self.hidden * 2
+        table, bias = self.vocab * self.top_k * 8, self.experts * 4
+        return {
+            "routed experts": len(layers) * local_experts * self.expert_bytes,
+            "expert maps": len(layers) * self.experts * 4,
+            "shared experts": len(layers) * self.shared_experts * 3 * self.hidden * self.intermediate * 2,
+            "routers": sum(gate + (table if self.is_hash_layer(layer) else bias) for layer in layers),
+        }
+
+    def is_hash_layer(self, layer: int) -> bool:
+        """Layers 0 … hash_layers−1 route by token id."""
+        return layer < self.hash_layers
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, where: str) -> "ModelShape":
+        """Read the sizes from a checkpoint's config.json.
+
+        Raises
+        ------
+        ValueError
+            If the model is not a DeepSeek-V4 with mxfp4 experts, or a key is missing; names `where`.
+        """
+        if config.get("model_type") != "deepseek_v4":
+            raise ValueError(f"{where}: model_type is {config.get('model_type')!r}, expected 'deepseek_v4'")
+        # Early revisions of config.json have no expert_dtype; the tensors' dtypes are checked on reading.
+        if config.get("expert_dtype", "fp4") != "fp4":
+            raise ValueError(
+                f"{where}: expert_dtype is {config['expert_dtype']!r}, expected 'fp4' (mxfp4 routed experts)"
+            )
+        missing = [key for key in _CONFIG_KEYS.values() if key not in config]
+        if missing:
+            raise ValueError(f"{where}: missing {', '.join(missing)}")
+        return cls(**{field: config[key] for field, key in _CONFIG_KEYS.items()})
+
+    def to_config(self) -> dict[str, Any]:
+        """The inverse of `from_config`: the keys of config.json that describe the MoE part."""
+        sizes = {key: getattr(self, field) for field, key in _CONFIG_KEYS.items()}
+        return {
+            "architectures": ["DeepseekV4ForCausalLM"],
+            "model_type": "deepseek_v4",
+            "expert_dtype": "fp4",
+            "scoring_func": "sqrtsoftplus",
+            "topk_method": "noaux_tc",
+            "norm_topk_prob": True,
+            "hidden_act": "silu",
+            "torch_dtype": "bfloat16",
+            "quantization_config": {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "scale_fmt": "ue8m0",
+                "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+            },
+            **sizes,
+        }
