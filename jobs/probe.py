@@ -1,0 +1,92 @@
+"""The probe: env → selector → weights → parity → memory → throughput → done, on every rank."""
+
+import os
+from pathlib import Path
+
+from jobs.events import EventLog
+from jobs.rank import Rank, join, leave_on_signal
+from jobs.request import ProbeRequest
+
+
+def run(run_dir: str) -> None:
+    """Probe as `request.json` in `run_dir` says; what comes of it goes to this rank's event file.
+
+    Raises whatever ended the rank, after it has been written down. torch is imported once the first event
+    is out, so that a rank which dies in that import is known by name.
+    """
+    folder = Path(run_dir)
+    rank = Rank.current()
+    rank.export()
+    log = EventLog(folder, rank.rank, rank.attempt)
+    leave_on_signal(log)
+    log.write("started", pid=os.getpid(), host=rank.host, local_rank=rank.local_rank, world=rank.world)
+    _probe(folder, rank, log)
+
+
+def _probe(folder: Path, rank: Rank, log: EventLog) -> None:
+    with log.stage("env") as data:
+        import torch.distributed as dist
+
+        from jobs import environment, stages, throughput
+
+        request = ProbeRequest.load(folder)
+        device = environment.pick_device(rank.local_rank, request.arch)
+        data |= environment.describe(device)
+        join(rank, folder, device, request.rank_timeout_s)
+        data["hosts"] = _check_hosts(request, rank)
+        where = stages.place(request, rank.rank, device)
+
+    with log.stage("selector") as data:
+        record = stages.select(request, where)
+        data |= record.as_dict()
+        if record.selected is None:
+            raise RuntimeError(record.refusal())
+
+    with log.stage("weights") as data:
+        planned = data["planned"] = stages.check_fits(request, where)
+        checkpoint = stages.open_checkpoint(request, where)
+        layers = stages.load(
+            request,
+            where,
+            checkpoint,
+            lambda done: log.write("progress", done=done, total=len(request.layers)),
+        )
+        data |= {"bytes_read": checkpoint.bytes_read, "layers": list(layers)}
+        dist.barrier()
+
+    with log.stage("parity") as data:
+        data |= {"tokens": request.parity_tokens, "tolerance": request.parity_tolerance, "layers": {}}
+        for number in request.parity_layers:
+            error = stages.parity(request, where, checkpoint, layers[number], number)
+            data["layers"][number] = {
+                "relative_error": error,
+                "routing": "hash" if request.shape.is_hash_layer(number) else "top-k",
+            }
+        stages.check_parity(request, {n: line["relative_error"] for n, line in data["layers"].items()})
+
+    with log.stage("memory") as data:
+        data |= stages.memory(where, layers, planned)
+
+    with log.stage("throughput") as data:
+        data["sweep"] = []
+        for i, batch in enumerate(request.batch_sizes, start=1):
+            data["sweep"].append(throughput.sweep_one(request, where, layers, batch))
+            log.write("progress", done=i, total=len(request.batch_sizes), latest=data["sweep"][-1])
+
+    with log.stage("done"):
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _check_hosts(request: ProbeRequest, rank: Rank) -> list[str]:
+    """The hosts of all ranks, by rank; that many nodes must have been started, not one node that many times."""
+    import torch.distributed as dist
+
+    hosts: list[str] = [""] * rank.world
+    dist.all_gather_object(hosts, rank.host)
+    if rank.world != request.world or len(set(hosts)) != request.nodes:
+        raise RuntimeError(
+            f"{rank.world} ranks run on {len(set(hosts))} hosts ({', '.join(sorted(set(hosts)))}), "
+            f"expected {request.world} ranks on {request.nodes}"
+        )
+    return hosts

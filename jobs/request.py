@@ -1,0 +1,57 @@
+"""What the launcher asks of a probe, as the file that every rank reads. Needs no torch."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_ep.shape import ModelShape
+
+REQUEST = "request.json"
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """One probe. Rank r stands at place r % ep of EP group r // ep."""
+
+    seed: int
+    nodes: int
+    ranks_per_node: int
+    tp: int
+    ep: int
+    arch: str
+    """What every rank's device must be: "gfx942", "sm90", "cpu"."""
+    impl: str
+    activation_dtype: str
+    checkpoint: str
+    synthesise: bool
+    """Whether rank 0 writes the checkpoint, from `shape` and `seed`, where it does not exist."""
+    shape: ModelShape
+    """The sizes that the checkpoint must have."""
+    layers: tuple[int, ...]
+    parity_layers: tuple[int, ...]
+    parity_tokens: int
+    parity_tolerance: float
+    batch_sizes: tuple[int, ...]
+    warmup: int
+    repeats: int
+    rank_timeout_s: int
+    """Seconds after which a collective, or waiting for rank 0, is an error."""
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.ranks_per_node
+
+    def save(self, run_dir: Path) -> None:
+        """Write it into a run folder."""
+        (run_dir / REQUEST).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, run_dir: Path) -> "ProbeRequest":
+        """Read it back."""
+        fields: dict[str, Any] = json.loads((run_dir / REQUEST).read_text())
+        fields["shape"] = ModelShape(**fields["shape"])
+        for name in ("layers", "parity_layers", "batch_sizes"):
+            fields[name] = tuple(fields[name])
+        return cls(**fields)
