@@ -1,0 +1,174 @@
+"""From a run's YAML and `--set` to a checked `Config`."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from launcher.errors import InputError
+from launcher.explain import OVERRIDE, Sources, did_you_mean, explain
+from launcher.schema import Config
+
+_PATH_KEYS = (("run", "folder"), ("model", "checkpoint"), ("model", "synthetic", "folder"))
+_VARIABLE = r"\$\{?(\w+)\}?"
+
+
+def load(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
+    """Read a run's YAML with the cluster and model that it names (files beside it, or paths).
+
+    `overrides` are `key=value` with dotted keys and YAML values; they win over every file. `$NAME` in
+    run.folder, model.checkpoint and model.synthetic.folder is taken from `environ`, and left where it is not
+    set, which `unresolved` then shows.
+
+    Raises
+    ------
+    InputError
+        With one line for each mistake: file, key, value, and what would be right.
+    """
+    changes = [_parse_override(text) for text in overrides]
+    document = _read(path)
+    files: dict[str, Path] = {}
+    for section in ("cluster", "model"):
+        chosen = next((value for key, value in changes if key == section), document.get(section))
+        files[section] = _find(path, section, chosen)
+        document[section] = _read(files[section])
+    for key, value in changes:
+        if key not in files:
+            _assign(document, key, value)
+    sources = Sources(path, files, frozenset(key for key, _ in changes))
+    try:
+        config = Config.model_validate(_expand(document, environ))
+    except ValidationError as error:
+        raise InputError(explain(error.errors(), sources)) from None
+    problems = _contradictions(config, sources)
+    if problems:
+        raise InputError("\n".join(problems))
+    return config
+
+
+def unresolved(text: str) -> list[str]:
+    """Names of environment variables that `load` found unset in a path."""
+    return re.findall(_VARIABLE, text)
+
+
+def layer_numbers(config: Config) -> list[int]:
+    """The layers that the job loads."""
+    if config.job.layers == "all":
+        return list(range(config.model.sizes.layers))
+    return list(config.job.layers)
+
+
+def parity_layers(config: Config) -> list[int]:
+    """The layers that are compared: as configured, else the first hash layer and the first other one."""
+    if config.job.parity.layers is not None:
+        return list(config.job.parity.layers)
+    shape, layers = config.model.sizes, layer_numbers(config)
+    kinds = {shape.is_hash_layer(layer): layer for layer in reversed(layers)}
+    return sorted(kinds.values())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected keys and values, found {type(value).__name__}")
+    return value
+
+
+def _find(run_file: Path, section: str, chosen: Any) -> Path:
+    folder = run_file.parent / f"{section}s"
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    form = f"the name of a file in {folder} ({', '.join(names) or 'empty'}) or a path to a .yaml"
+    if not isinstance(chosen, str):
+        raise InputError(f"{run_file}: {section}: {chosen!r} is not {form}")
+    path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else folder / f"{chosen}.yaml"
+    if not path.is_file():
+        raise InputError(f"{run_file}: {section}: {chosen!r} is not {form}{did_you_mean(chosen, names)}")
+    return path
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise InputError(f"{OVERRIDE} {text}: expected key=value, e.g. {OVERRIDE} topology.ep=8")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"{OVERRIDE} {text}: not YAML: {' '.join(str(error).split())}") from None
+
+
+def _assign(document: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = document
+    for depth, parent in enumerate(parents, start=1):
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise InputError(f"{OVERRIDE} {key}: {'.'.join(parents[:depth])} is a value, it has no keys")
+        node = child
+    node[last] = value
+
+
+def _expand(document: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    for *parents, last in _PATH_KEYS:
+        node: Any = document
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(node.get(last), str):
+            node[last] = re.sub(_VARIABLE, lambda m: environ.get(m[1], m[0]), node[last])
+    return document
+
+
+def _contradictions(config: Config, sources: Sources) -> list[str]:
+    """What each key may say, but not together."""
+    t, cluster, where = config.topology, config.cluster, sources.where
+    out: list[str] = []
+    layout = f"nodes {t.nodes} × ranks_per_node {t.ranks_per_node} = {t.ranks} ranks"
+    if t.ranks % t.tp:
+        out.append(f"{where('topology.tp')}: {t.tp} does not divide {layout}; use one of {_divisors(t.ranks)}")
+    if t.ranks % t.ep:
+        out.append(f"{where('topology.ep')}: {t.ep} does not divide {layout}; use one of {_divisors(t.ranks)}")
+    elif t.ranks % t.tp == 0 and t.tp % t.ep:
+        out.append(
+            f"{where('topology.ep')}: {t.ep} does not divide tp {t.tp}: the ranks that combine experts must see "
+            f"the same tokens, so an EP group lies in one TP group; use an ep of {_divisors(t.tp)}, or tp {t.ep}"
+        )
+    if cluster.devices_per_node and t.ranks_per_node > cluster.devices_per_node:
+        out.append(
+            f"{where('topology.ranks_per_node')}: {t.ranks_per_node} is more than the {cluster.devices_per_node} "
+            f"devices of a node of {cluster.name}"
+        )
+    if cluster.scheduler == "local" and t.nodes > 1:
+        out.append(f"{where('topology.nodes')}: {t.nodes}, but {cluster.name} runs on this machine alone; use 1")
+    if cluster.time_limit_min and config.limits.time_min > cluster.time_limit_min:
+        out.append(
+            f"{where('limits.time_min')}: {config.limits.time_min} is more than {cluster.name}'s time_limit_min "
+            f"{cluster.time_limit_min}"
+        )
+    return out + _layer_problems(config, sources)
+
+
+def _layer_problems(config: Config, sources: Sources) -> list[str]:
+    shape, where = config.model.sizes, sources.where
+    out: list[str] = []
+    if config.topology.ep > shape.experts:
+        out.append(f"{where('topology.ep')}: {config.topology.ep} is more than the {shape.experts} experts of a layer")
+    loaded, compared = layer_numbers(config), parity_layers(config)
+    if not loaded or sorted(set(loaded)) != loaded or not set(loaded) <= set(range(shape.layers)):
+        out.append(f"{where('job.layers')}: {loaded} is not 'all' or a rising list from 0..{shape.layers - 1}")
+    if not set(compared) <= set(loaded):
+        out.append(f"{where('job.parity.layers')}: {compared} are not all among the loaded layers {loaded}")
+    return out
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)

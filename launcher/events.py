@@ -1,0 +1,56 @@
+"""Reading what the ranks wrote, while they write and after."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.events import EVENTS
+
+LAUNCHER = -1
+"""The rank of events that the launcher itself wrote."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of a rank's event file. `time` is Unix seconds by the clock of the rank's host."""
+
+    time: float
+    rank: int
+    stage: str
+    event: str
+    attempt: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class Tail:
+    """New events of a run at each call; a line that is still being written waits for the next."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / EVENTS
+        self._read: dict[Path, int] = {}
+
+    def new(self) -> list[Event]:
+        """Events since the last call, by time."""
+        found: list[Event] = []
+        for file in sorted(self._folder.glob("*.jsonl")):
+            with file.open("rb") as f:
+                f.seek(self._read.get(file, 0))
+                text = f.read()
+            whole = text.rfind(b"\n") + 1
+            self._read[file] = self._read.get(file, 0) + whole
+            found += [event for line in text[:whole].splitlines() if (event := _parse(line)) is not None]
+        return sorted(found, key=lambda event: event.time)
+
+
+def read_events(run_dir: Path) -> list[Event]:
+    """All events of a run so far, by time."""
+    return Tail(run_dir).new()
+
+
+def _parse(line: bytes) -> Event | None:
+    """None for a line that is no event: a full disk or a crash may leave one."""
+    try:
+        return Event(**json.loads(line))
+    except (ValueError, TypeError):
+        return None

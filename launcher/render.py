@@ -1,0 +1,102 @@
+"""A plan becomes text: the sbatch script, the environment of the ranks, the table of the topology.
+
+What a dry run prints is what is submitted: both come from `slurm_parameters`.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from submitit.slurm import slurm
+
+from launcher.config import layer_numbers
+from launcher.plan import Plan
+
+GB = 10**9
+
+
+def job_folder(plan: Plan) -> Path:
+    """Where submitit keeps the script, the logs and the pickles of the run."""
+    return plan.run_dir / "submitit"
+
+
+def environment(plan: Plan) -> dict[str, str]:
+    """Variables that every rank gets; `{run_id}` in the cluster file's values stands for the run's id."""
+    env = {name: str(value).replace("{run_id}", plan.run_id) for name, value in plan.config.cluster.env.items()}
+    if plan.code_root is not None:
+        env["PYTHONPATH"] = str(plan.code_root)
+    return env
+
+
+def rank_environment(plan: Plan) -> list[dict[str, str]]:
+    """Variables in which the ranks differ, by rank; the job sets them, whatever started it."""
+    topology = plan.config.topology
+    return [
+        {"RANK": str(p.rank), "LOCAL_RANK": str(p.local_rank), "WORLD_SIZE": str(topology.ranks)} for p in plan.places
+    ]
+
+
+def python_command(plan: Plan) -> str:
+    """The interpreter of a rank as shell text, without the variables that it must not see."""
+    cluster = plan.config.cluster
+    python = cluster.container.python if cluster.container else sys.executable
+    unset = [part for name in cluster.unset for part in ("-u", name)]
+    return shlex.join(["env", *unset, python] if unset else [python])
+
+
+def slurm_parameters(plan: Plan) -> dict[str, Any]:
+    """The request to Slurm, in submitit's names."""
+    cluster, topology, limits = plan.config.cluster, plan.config.topology, plan.config.limits
+    optional = {
+        "account": cluster.account,
+        "partition": cluster.partition,
+        "qos": cluster.qos,
+        "cpus_per_task": cluster.cpus_per_task,
+        "mem": f"{cluster.mem_mb}M" if cluster.mem_mb else None,
+        "gpus_per_node": topology.ranks_per_node if cluster.devices_per_node else None,
+        "exclude": ",".join(cluster.exclude) or None,
+        "additional_parameters": cluster.sbatch_args or None,
+    }
+    return {
+        "job_name": plan.config.run.name,
+        "nodes": topology.nodes,
+        "ntasks_per_node": topology.ranks_per_node,
+        "time": limits.time_min,
+        "setup": [f"export {name}={shlex.quote(value)}" for name, value in environment(plan).items()],
+        "srun_args": _srun_args(plan),
+        **{name: value for name, value in optional.items() if value is not None},
+    }
+
+
+def sbatch_script(plan: Plan) -> str:
+    """The batch script, byte for byte as it is submitted."""
+    folder = job_folder(plan)
+    command = f"{python_command(plan)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    script: str = slurm._make_sbatch_string(command=command, folder=folder, **slurm_parameters(plan))
+    return script
+
+
+def topology_rows(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Heads and rows of the topology table: rank, place, groups, experts, bytes."""
+    shape, layers = plan.config.model.sizes, layer_numbers(plan.config)
+    device = plan.config.cluster.device_memory_gb
+    heads = ("rank", "node", "local", "TP group", "EP group", "EP rank", "experts", "held GB")
+    rows = []
+    for p in plan.places:
+        held = sum(shape.held_bytes(layers, len(p.experts)).values()) / GB
+        fits = "" if device is None or held <= device else f" > {device:g}"
+        experts = f"{p.experts.start}–{p.experts.stop - 1}"
+        numbers = (p.rank, p.node, p.local_rank, p.tp_group, p.ep_group, p.ep_rank)
+        rows.append((*map(str, numbers), experts, f"{held:.3g}{fits}" if held < 0.1 else f"{held:.1f}{fits}"))
+    return heads, rows
+
+
+def _srun_args(plan: Plan) -> list[str]:
+    cluster = plan.config.cluster
+    args = list(cluster.srun_args)
+    if cluster.cpus_per_task:
+        args.append(f"--cpus-per-task={cluster.cpus_per_task}")  # srun does not inherit it since Slurm 22.05
+    if cluster.container:
+        args.append(f"--environment={cluster.container.environment}")
+    return args

@@ -1,0 +1,156 @@
+"""The keys that a configuration may have, with their types and defaults."""
+
+from dataclasses import MISSING, fields
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, create_model, model_validator
+
+from moe_ep.shape import ModelShape
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Run(_Section):
+    """How the run is called, where its results go, and what seeds its tokens and made weights."""
+
+    name: str = Field(pattern=NAME)
+    seed: int = Field(default=0, ge=0)
+    folder: str = "runs"
+
+
+class Container(_Section):
+    """A container per task, by the Slurm plug-in that takes `--environment` on srun (CSCS's EDF)."""
+
+    environment: str = Field(min_length=1)
+    python: str = "python3"
+
+
+class Cluster(_Section):
+    """A site: its scheduler, its nodes, and the environment that works there."""
+
+    name: str = Field(pattern=NAME)
+    scheduler: Literal["local", "slurm"]
+    arch: str = Field(pattern=r"^(cpu|gfx[0-9a-f]+|sm[0-9]+)$")
+    devices_per_node: int = Field(ge=0)
+    device_memory_gb: float | None = Field(default=None, gt=0)
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    mem_mb: int | None = Field(default=None, ge=1)
+    time_limit_min: int | None = Field(default=None, ge=1)
+    exclude: list[str] = []
+    sbatch_args: dict[str, str | int | bool] = {}
+    srun_args: list[str] = []
+    container: Container | None = None
+    env: dict[str, str | int] = {}
+    unset: list[str] = []
+
+
+class Synthetic(_Section):
+    """A checkpoint that the probe makes where there is none."""
+
+    folder: str
+
+
+# The keys of a model file's shape are the fields of ModelShape, whatever they are.
+_SIZES: dict[str, Any] = {f.name: (f.type, ... if f.default is MISSING else f.default) for f in fields(ModelShape)}
+Shape: Any = create_model("Shape", __base__=_Section, **_SIZES)
+
+
+class Model(_Section):
+    """A model: where its checkpoint lies, and its sizes (checked against the checkpoint's own)."""
+
+    name: str = Field(pattern=NAME)
+    checkpoint: str | None = None
+    synthetic: Synthetic | None = None
+    shape: Shape
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.checkpoint is None) == (self.synthetic is None):
+            raise ValueError("give either checkpoint (a folder) or synthetic (where to make one)")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        _ = self.sizes  # a dataclass that checks itself
+        return self
+
+    @property
+    def sizes(self) -> ModelShape:
+        """The sizes as the library takes them."""
+        return ModelShape(**self.shape.model_dump())
+
+
+class Topology(_Section):
+    """nodes × ranks_per_node ranks, one device each.
+
+    tp: ranks of a tensor-parallel group, which see the same tokens. ep: ranks over which a layer's experts
+    are spread; an EP group lies within a TP group.
+    """
+
+    nodes: int = Field(ge=1)
+    ranks_per_node: int = Field(ge=1)
+    tp: int = Field(ge=1)
+    ep: int = Field(ge=1)
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks of the job."""
+        return self.nodes * self.ranks_per_node
+
+
+class Backend(_Section):
+    """Which experts' implementation to use; auto takes the first that the selector finds."""
+
+    impl: Literal["auto", "gluon_kernel", "triton_kernel", "reference"] = "auto"
+    activation_dtype: Literal["bf16"] = "bf16"
+
+
+class Parity(_Section):
+    """The comparison with the dense reference; by default the first hash and the first other layer."""
+
+    tokens: int = Field(default=16, ge=1)
+    tolerance: float = Field(default=2e-2, gt=0)
+    layers: list[int] | None = None
+
+
+class Throughput(_Section):
+    """The sweep: tokens of an EP group per pass, passes before timing, timed passes."""
+
+    batch_sizes: list[NonNegativeInt] = Field(default=[1, 8, 64, 512, 4096], min_length=1)
+    warmup: int = Field(default=3, ge=0)
+    repeats: int = Field(default=20, ge=1)
+
+
+class Job(_Section):
+    """What the ranks do."""
+
+    kind: Literal["probe"] = "probe"
+    layers: Literal["all"] | list[int] = "all"
+    parity: Parity = Parity()
+    throughput: Throughput = Throughput()
+
+
+class Limits(_Section):
+    """time_min: of the job. rank_timeout_s: of one collective, and of waiting for rank 0."""
+
+    time_min: int = Field(ge=1)
+    rank_timeout_s: int = Field(default=600, ge=1)
+
+
+class Config(_Section):
+    """A run, its cluster and model files read in."""
+
+    run: Run
+    cluster: Cluster
+    model: Model
+    topology: Topology
+    backend: Backend = Backend()
+    job: Job = Job()
+    limits: Limits

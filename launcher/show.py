@@ -1,0 +1,134 @@
+"""What people see on the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from launcher import render, report
+from launcher.events import LAUNCHER, Event
+from launcher.plan import Plan
+
+
+def dry_run(plan: Plan, problems: list[str], out: Console, *, as_json: bool) -> None:
+    """Topology, environment and script of a run that is not submitted."""
+    heads, rows = render.topology_rows(plan)
+    slurm = plan.config.cluster.scheduler == "slurm"
+    script = render.sbatch_script(plan) if slurm else None
+    if as_json:
+        value = {
+            "run_dir": str(plan.run_dir),
+            "topology": [dict(zip(heads, row, strict=True)) for row in rows],
+            "environment": render.environment(plan),
+            "rank_environment": render.rank_environment(plan),
+            "unset": plan.config.cluster.unset,
+            "script": script,
+            "problems": problems,
+        }
+        out.print_json(json.dumps(value))
+        return
+    _section(out, f"Topology: {plan.config.run.name} on {plan.config.cluster.name}")
+    out.print(_table(heads, rows))
+    _section(out, "Environment of every rank")
+    for name, text in render.environment(plan).items():
+        _plain(out, f"{name}={text}")
+    for name in plan.config.cluster.unset:
+        _plain(out, f"{name} is unset")
+    _section(out, "Environment by rank")
+    for env in render.rank_environment(plan):
+        _plain(out, " ".join(f"{k}={v}" for k, v in env.items()))
+    if script:
+        _section(out, "sbatch script")
+        _plain(out, script)
+    else:
+        _section(out, "Command of every rank")
+        _plain(out, f"{render.python_command(plan)} -u -m submitit.core._submit {render.job_folder(plan)}")
+    for problem in problems:
+        _plain(out, f"would not be submitted: {problem}", style="yellow")
+    _plain(out, "dry run: nothing was submitted")
+
+
+def queued(plan: Plan, job_id: str, out: Console, *, as_json: bool) -> None:
+    """A Slurm job that has been accepted."""
+    if as_json:
+        out.print_json(json.dumps({"job_id": job_id, "run_dir": str(plan.run_dir)}))
+        return
+    _plain(out, f"Slurm job {job_id} is queued on {plan.config.cluster.name}")
+    _plain(out, f"report: python -m launcher report {plan.run_dir}")
+
+
+def summary(result: dict[str, Any], run_dir: Path, out: Console) -> None:
+    """The report as one table, and where it lies."""
+    table = Table(title=report.headline(result), title_justify="left", title_style="bold", show_header=False)
+    previous = ""
+    for section, what, text in report.summary_rows(result):
+        if previous and section != previous:
+            table.add_section()
+        table.add_row("" if section == previous else section, Text(what), Text(text))
+        previous = section
+    out.print(table)
+    failure = result["failure"]
+    if failure and failure["log"]:
+        _plain(out, f"log of rank {failure['rank']}: {failure['log']}")
+    _plain(out, f"report: {run_dir / 'report.md'}")
+
+
+class Progress:
+    """One line a rank while a run goes on; plain lines of rank 0 where the output is no terminal."""
+
+    def __init__(self, ranks: int, console: Console) -> None:
+        self._console = console
+        self._lines = ["waiting"] * ranks
+        self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, event: Event) -> None:
+        """Show an event."""
+        if event.rank == LAUNCHER:
+            return
+        text = _progress_text(event)
+        self._lines[event.rank] = text
+        if self._live:
+            table = Table.grid(padding=(0, 2))
+            for rank, line in enumerate(self._lines):
+                table.add_row(f"rank {rank}", Text(line))
+            self._live.update(table, refresh=True)
+        elif event.rank == 0 or event.event == "failed":
+            _plain(self._console, f"rank {event.rank}: {text}")
+
+
+def _progress_text(event: Event) -> str:
+    if event.event == "progress":
+        return f"{event.stage} {event.data['done']}/{event.data['total']}"
+    if event.event == "failed":
+        return f"{event.stage} failed: {event.data.get('error', '').splitlines()[0]}"
+    return f"{event.stage} {event.event}" if event.event != "started" else f"started on {event.data['host']}"
+
+
+def _table(heads: Any, rows: Any) -> Table:
+    table = Table(*heads)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _section(out: Console, title: str) -> None:
+    out.print()
+    out.print(Text(f"── {title}", style="bold"))
+
+
+def _plain(out: Console, text: str, style: str | None = None) -> None:
+    # Scripts and paths must come out as they are: no markup, no wrapping at the terminal's width.
+    out.print(text, markup=False, highlight=False, soft_wrap=True, style=style)
