@@ -1,6 +1,7 @@
 """The commands."""
 
 import json
+import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,7 +53,11 @@ def submit_command(
         raise InputError("\n".join(f"{config}: {problem}" for problem in problems))
     plan.run_dir.mkdir(parents=True)
     plan.save()
-    job = submit.submit(plan)
+    try:
+        job = submit.submit(plan)
+    except InputError:
+        shutil.rmtree(plan.run_dir)  # nothing was started, so there is nothing to keep
+        raise
     if plan.config.cluster.scheduler == "slurm":
         show.queued(plan, job.job_id, out, as_json=as_json)
         return

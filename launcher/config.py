@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from launcher.errors import InputError
 from launcher.explain import OVERRIDE, Sources, did_you_mean, explain
 from launcher.schema import Config
+from launcher.yamlfile import parse, read_mapping
 
 _PATH_KEYS = (("run", "folder"), ("model", "checkpoint"), ("model", "synthetic", "folder"))
 _VARIABLE = r"\$\{?(\w+)\}?"
@@ -30,12 +30,12 @@ def load(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] =
         With one line for each mistake: file, key, value, and what would be right.
     """
     changes = [_parse_override(text) for text in overrides]
-    document = _read(path)
+    document = read_mapping(path)
     files: dict[str, Path] = {}
     for section in ("cluster", "model"):
         chosen = next((value for key, value in changes if key == section), document.get(section))
         files[section] = _find(path, section, chosen)
-        document[section] = _read(files[section])
+        document[section] = read_mapping(files[section])
     for key, value in changes:
         if key not in files:
             _assign(document, key, value)
@@ -71,20 +71,6 @@ def parity_layers(config: Config) -> list[int]:
     return sorted(kinds.values())
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected keys and values, found {type(value).__name__}")
-    return value
-
-
 def _find(run_file: Path, section: str, chosen: Any) -> Path:
     folder = run_file.parent / f"{section}s"
     names = sorted(p.stem for p in folder.glob("*.yaml"))
@@ -101,10 +87,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise InputError(f"{OVERRIDE} {text}: expected key=value, e.g. {OVERRIDE} topology.ep=8")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"{OVERRIDE} {text}: not YAML: {' '.join(str(error).split())}") from None
+    return key, parse(value, where=f"{OVERRIDE} {text}")
 
 
 def _assign(document: dict[str, Any], key: str, value: Any) -> None:

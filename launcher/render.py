@@ -12,6 +12,7 @@ from submitit.slurm import slurm
 
 from launcher.config import layer_numbers
 from launcher.plan import Plan
+from launcher.units import size
 
 GB = 10**9
 
@@ -81,14 +82,14 @@ def topology_rows(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Heads and rows of the topology table: rank, place, groups, experts, bytes."""
     shape, layers = plan.config.model.sizes, layer_numbers(plan.config)
     device = plan.config.cluster.device_memory_gb
-    heads = ("rank", "node", "local", "TP group", "EP group", "EP rank", "experts", "held GB")
+    heads = ("rank", "node", "local", "TP group", "EP group", "EP rank", "experts", "held")
     rows = []
     for p in plan.places:
-        held = sum(shape.held_bytes(layers, len(p.experts)).values()) / GB
-        fits = "" if device is None or held <= device else f" > {device:g}"
+        held = sum(shape.held_bytes(layers, len(p.experts)).values())
+        too_much = f" > {device:g} GB" if device is not None and held > device * GB else ""
         experts = f"{p.experts.start}–{p.experts.stop - 1}"
         numbers = (p.rank, p.node, p.local_rank, p.tp_group, p.ep_group, p.ep_rank)
-        rows.append((*map(str, numbers), experts, f"{held:.3g}{fits}" if held < 0.1 else f"{held:.1f}{fits}"))
+        rows.append((*map(str, numbers), experts, size(held) + too_much))
     return heads, rows
 
 

@@ -12,6 +12,7 @@ from launcher.events import Event, read_events
 from launcher.files import write_atomically
 from launcher.outcome import Outcome, judge
 from launcher.plan import PLAN
+from launcher.units import size
 
 SCHEMA = "moe-ep/probe-report"
 SCHEMA_VERSION = 1
@@ -152,14 +153,6 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def size(count: float) -> str:
-    """Bytes in the decimal unit that suits them."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            return f"{count / factor:.4g} {unit}"
-    return f"{count} B"
-
-
 def _read_plan(run_dir: Path) -> dict[str, Any]:
     try:
         plan: dict[str, Any] = json.loads((run_dir / PLAN).read_text())
@@ -203,7 +196,7 @@ def _selector(stages: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
     records = {r: s["selector"]["data"] for r, s in stages.items() if s.get("selector", {}).get("data")}
     if not records:
         return None
-    chosen = {rank: record.get("selected") for rank, record in records.items()}
+    chosen = {str(rank): record.get("selected") for rank, record in records.items()}
     first = dict(next(iter(records.values())))
     return {k: first[k] for k in ("arch", "quant", "candidates", "selected")} | {"by_rank": chosen}
 

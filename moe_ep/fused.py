@@ -141,11 +141,19 @@ def _check(
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, hidden_states on {x.device}")
     _check_dtypes(x, (w13, w2), (w13_scale, w2_scale), topk_ids, topk_weights)
-    if expert_map is not None and (expert_map.dim() != 1 or expert_map.dtype.is_floating_point):
-        raise ValueError(
-            f"expert_map is {expert_map.dtype} {list(expert_map.shape)}, expected integers [E]: "
-            "local rows, -1 where not local"
-        )
+    if expert_map is not None:
+        _check_map(expert_map)
+
+
+def _check_map(expert_map: Tensor) -> None:
+    found = f"expert_map is {expert_map.dtype} {list(expert_map.shape)}"
+    wanted = "expected integers [E]: the local row of each global expert, -1 where it is not local"
+    if expert_map.dim() != 1 or expert_map.dtype.is_floating_point or expert_map.dtype == torch.bool:
+        raise ValueError(f"{found}, {wanted}")
+    if expert_map.device.type == "cpu":  # on a GPU, looking would synchronise
+        rows = expert_map[expert_map != NOT_LOCAL]
+        if rows.unique().numel() != rows.numel():
+            raise ValueError(f"{found} and names a local row twice, as a 0/1 mask does; {wanted}")
 
 
 def _check_dtypes(

@@ -40,7 +40,7 @@ class ModelShape:
     top_k: int
     vocab: int
     shared_experts: int = 1
-    hash_layers: int = 3
+    hash_layers: int = 0
     mtp_layers: int = 0
     routed_scaling: float = 1.0
     swiglu_limit: float = 10.0
@@ -102,7 +102,10 @@ class ModelShape:
         missing = [key for key in _CONFIG_KEYS.values() if key not in config]
         if missing:
             raise ValueError(f"{where}: missing {', '.join(missing)}")
-        return cls(**{field: config[key] for field, key in _CONFIG_KEYS.items()})
+        try:
+            return cls(**{field: config[key] for field, key in _CONFIG_KEYS.items()})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
 
     def to_config(self) -> dict[str, Any]:
         """The inverse of `from_config`: the keys of config.json that describe the MoE part."""

@@ -26,16 +26,17 @@ def e2m1_to_f32(code):
 
 
 @triton.jit
-def dequantise(packed, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def dequantise(packed, scale, INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """bf16 [BLOCK_N, BLOCK_K] of packed uint8 [BLOCK_N, BLOCK_K/2] and e8m0 [BLOCK_N, BLOCK_K/32].
 
-    Exact: an e2m1 value times a power of two fits a bf16, but for the smallest scales' denormals.
+    Exact: an e2m1 value times a power of two fits a bf16, denormals too. Triton 3.6's interpreter gets
+    those wrong, so there the same values stay f32.
     """
     # Low nibble = even k: joined on a new last axis and flattened, the codes are in the order of k.
     codes = tl.join(packed & 0xF, packed >> 4)
     values = e2m1_to_f32(codes).reshape(BLOCK_N, BLOCK_K // 32, 32)
-    scaled = values * e8m0_to_f32(scale)[:, :, None]
-    return scaled.to(tl.bfloat16).reshape(BLOCK_N, BLOCK_K)
+    scaled = (values * e8m0_to_f32(scale)[:, :, None]).reshape(BLOCK_N, BLOCK_K)
+    return scaled if INTERPRETED else scaled.to(tl.bfloat16)
 
 
 @triton.jit

@@ -54,7 +54,7 @@ def down_kernel(
         s_mask = n_mask[:, None] & (scale_block < INTER // 32)[None, :]
         w2 = tl.load(w2_ptr + row[:, None] * (INTER // 2) + pair[None, :], mask=w_mask, other=0)
         s2 = tl.load(scale_ptr + row[:, None] * (INTER // 32) + scale_block[None, :], mask=s_mask, other=0)
-        acc = dot_bf16(h, dequantise(w2, s2, BLOCK_N, BLOCK_K).T, acc, INTERPRETED)
+        acc = dot_bf16(h, dequantise(w2, s2, INTERPRETED, BLOCK_N, BLOCK_K).T, acc, INTERPRETED)
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + row, mask=n_mask, other=0.0)[None, :]

@@ -61,8 +61,8 @@ def gate_up_kernel(
         w3 = tl.load(w13_ptr + up_row[:, None] * (HIDDEN // 2) + pair[None, :], mask=w_mask, other=0)
         s1 = tl.load(scale_ptr + gate_row[:, None] * (HIDDEN // 32) + scale_block[None, :], mask=s_mask, other=0)
         s3 = tl.load(scale_ptr + up_row[:, None] * (HIDDEN // 32) + scale_block[None, :], mask=s_mask, other=0)
-        gate = dot_bf16(x, dequantise(w1, s1, BLOCK_N, BLOCK_K).T, gate, INTERPRETED)
-        up = dot_bf16(x, dequantise(w3, s3, BLOCK_N, BLOCK_K).T, up, INTERPRETED)
+        gate = dot_bf16(x, dequantise(w1, s1, INTERPRETED, BLOCK_N, BLOCK_K).T, gate, INTERPRETED)
+        up = dot_bf16(x, dequantise(w3, s3, INTERPRETED, BLOCK_N, BLOCK_K).T, up, INTERPRETED)
 
     if HAS_BIAS:
         gate += tl.load(bias_ptr + gate_row, mask=n_mask, other=0.0)[None, :]

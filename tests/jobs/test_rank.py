@@ -1,0 +1,137 @@
+"""What a rank does on its own: events, signals, the request."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs import environment, stages
+from jobs.events import EventLog
+from jobs.request import ProbeRequest
+from tests.launcher.plans import fixed_plan
+
+ROOT = Path(__file__).parents[2]
+REQUEST = fixed_plan("tiny").request()
+
+
+def lines(run_dir: Path, rank: int = 0) -> list[dict[str, object]]:
+    text = (run_dir / "events" / f"rank-{rank:05d}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_the_request_survives_its_file(tmp_path: Path) -> None:
+    REQUEST.save(tmp_path)
+    assert ProbeRequest.load(tmp_path) == REQUEST
+
+
+def fail_after_some_work(log: EventLog) -> None:
+    with log.stage("weights") as data:
+        data["done"] = 3
+        raise OSError("disk gone")
+
+
+def test_a_stage_that_fails_writes_what_it_had_and_why(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="disk gone"):
+        fail_after_some_work(EventLog(tmp_path, 0))
+    begin, failed = lines(tmp_path)
+    assert (begin["stage"], begin["event"], failed["event"]) == ("weights", "begin", "failed")
+    data = failed["data"]
+    assert isinstance(data, dict)
+    assert (data["done"], data["error"], data["error_type"]) == (3, "disk gone", "OSError")
+    assert "fail_after_some_work" in data["traceback"]
+
+
+WAITING = """
+import sys, threading
+from pathlib import Path
+from jobs.events import EventLog
+from jobs.rank import leave_on_signal
+log = EventLog(Path(sys.argv[1]), 0)
+leave_on_signal(log)
+with log.stage("throughput"):
+    threading.Event().wait(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGTERM, "cancelled (SIGTERM)"), (signal.SIGUSR2, "time limit is near (SIGUSR2)")]
+)
+def test_a_signal_writes_a_last_event_and_ends_the_rank_at_once(
+    number: signal.Signals, word: str, tmp_path: Path
+) -> None:
+    rank = subprocess.Popen([sys.executable, "-c", WAITING, str(tmp_path)], cwd=ROOT, env=os.environ)
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.glob("events/*")) or not lines(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    rank.send_signal(number)
+    assert rank.wait(timeout=10) == 128 + number
+    last = lines(tmp_path)[-1]
+    assert (last["stage"], last["event"]) == ("throughput", "failed")
+    assert isinstance(last["data"], dict)
+    assert last["data"]["error"] == word
+
+
+def test_a_rank_describes_where_it_runs(device: torch.device) -> None:
+    found = environment.describe(device)
+    assert found["arch"] == environment.device_arch(device)
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["memory_free"] > 0
+    json.dumps(found)
+
+
+def test_a_device_that_is_not_there_is_named_with_what_masks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "9")
+    local_rank = torch.cuda.device_count()
+    with pytest.raises(environment.WrongDeviceError, match=rf"needs device {local_rank}, .*ROCR_VISIBLE_DEVICES"):
+        environment.pick_device(local_rank, "gfx942")
+    assert environment.pick_device(7, "cpu") == torch.device("cpu")
+
+
+PLACE = stages.Place(rank=1, world=4, ep_rank=1, ep_size=4, replica=0, group=None, device=torch.device("cpu"))
+
+
+def test_a_share_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The report that began this project: V4-Pro on one node at ep=4 wants 205.5 GB a rank.
+    pro = fixed_plan("repro-1node-ep4").request()
+    monkeypatch.setattr(stages, "free_memory", lambda device: 4 * 118 * 10**9)
+    with pytest.raises(
+        stages.DoesNotFitError,
+        match=r"213\.9 GB would be held \(205\.5 GB of routed experts, 96 of 384 at ep=4\), but 118",
+    ):
+        stages.check_fits(pro, PLACE)
+
+
+def test_what_fits_is_planned_item_by_item() -> None:
+    planned = stages.check_fits(REQUEST, PLACE)
+    assert planned == REQUEST.shape.held_bytes(REQUEST.layers, 4)
+    assert planned["routed experts"] == 4 * 4 * REQUEST.shape.expert_bytes
+
+
+@pytest.mark.parametrize("error", [3e-2, float("nan"), float("inf")])
+def test_a_parity_beyond_tolerance_or_not_a_number_fails(error: float) -> None:
+    with pytest.raises(stages.ParityError, match="layer 2: relative error"):
+        stages.check_parity(REQUEST, {0: 1e-3, 2: error})
+    stages.check_parity(REQUEST, {0: 1e-3, 2: 2e-2})
+
+
+def test_tokens_are_the_same_on_the_ranks_of_a_group_and_differ_between_groups() -> None:
+    x, ids = stages.tokens(REQUEST, PLACE, 5, salt=2)
+    same, same_ids = stages.tokens(REQUEST, replace(PLACE, rank=3, ep_rank=3), 5, salt=2)
+    other, _ = stages.tokens(REQUEST, replace(PLACE, replica=1), 5, salt=2)
+    assert torch.equal(x, same)
+    assert torch.equal(ids, same_ids)
+    assert not torch.equal(x, other)
+
+
+def test_the_selection_is_recorded_for_the_arch_of_the_cluster() -> None:
+    record = stages.select(replace(REQUEST, arch="gfx942"), PLACE)
+    assert record.arch == "gfx94"
+    assert record.selected == "triton_kernel"

@@ -1,0 +1,154 @@
+"""What a user may write, and what is said where it is wrong."""
+
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.config import layer_numbers, load, parity_layers
+from launcher.errors import InputError
+from launcher.schema import Shape
+from moe_ep.shape import ModelShape
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = CONFIGS / "tiny.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_in_the_repository_loads_and_is_named_as_its_file(path: Path) -> None:
+    assert load(path).run.name == path.stem
+
+
+def test_the_shape_of_a_model_file_has_the_fields_of_the_library() -> None:
+    assert list(Shape.model_fields) == [f.name for f in fields(ModelShape)]
+
+
+def test_overrides_win_over_every_file_and_are_read_as_yaml() -> None:
+    config = load(
+        TINY,
+        [
+            "topology.ranks_per_node=2",
+            "topology.tp=2",
+            "topology.ep=2",
+            "job.layers=[1, 3]",
+            "model.shape.experts=12",
+            "cluster.env.NCCL_DEBUG=INFO",
+            "cluster.name=laptop",
+        ],
+    )
+    assert (config.topology.ranks, config.topology.ep) == (2, 2)
+    assert layer_numbers(config) == [1, 3]
+    assert config.model.sizes.experts == 12
+    assert config.cluster.env["NCCL_DEBUG"] == "INFO"
+    assert config.cluster.env["OMP_NUM_THREADS"] == 1, "the other keys of the section stay"
+    assert config.cluster.name == "laptop"
+
+
+def test_another_cluster_can_be_put_under_a_run() -> None:
+    config = load(CONFIGS / "v4flash-1node.yaml", ["cluster=local", "model=tiny"])
+    assert (config.cluster.name, config.model.name) == ("local", "tiny")
+
+
+def test_parity_looks_at_one_layer_of_each_routing_unless_told() -> None:
+    assert parity_layers(load(TINY)) == [0, 2]
+    assert parity_layers(load(TINY, ["job.layers=[3]"])) == [3]
+    assert parity_layers(load(TINY, ["job.parity.layers=[1]"])) == [1]
+
+
+def test_numbers_may_be_written_without_a_dot() -> None:
+    config = load(TINY, ["job.parity.tolerance=1e-6", "model.shape.routed_scaling=25e-1"])
+    assert (config.job.parity.tolerance, config.model.sizes.routed_scaling) == (1e-6, 2.5)
+
+
+def test_variables_in_paths_come_from_the_environment() -> None:
+    config = load(CONFIGS / "v4pro-2node.yaml", environ={"SCRATCH": "/scratch/me"})
+    assert config.model.checkpoint == "/scratch/me/models/DeepSeek-V4-Pro"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("topolgy.ep=2", r"topolgy: unknown key; did you mean 'topology'\?"),
+        ("topology.epp=2", r"topology\.epp: unknown key; did you mean 'ep'\? \(there are: ep, nodes,"),
+        ("model.shape.hiden=64", r"model\.shape\.hiden: unknown key; did you mean 'hidden'\?"),
+        ("backend.impl=triton", r"backend\.impl: 'triton' is wrong: input should be 'auto', .*'triton_kernel'"),
+        ("topology.ep=four", r"topology\.ep: 'four' is wrong: input should be a valid integer"),
+        ("topology.ep=2.5", r"topology\.ep: 2\.5 is wrong"),
+        ("topology.nodes=true", r"topology\.nodes: True is wrong"),
+        ("limits={}", r"limits\.time_min: missing, expected int"),
+        ("run.name=../x", r"run\.name: '\.\./x' is wrong: string should match"),
+        ("job.layers=every", r"job\.layers: 'every' is wrong: input should be 'all'; or .* a valid list"),
+        ("job.parity.tolerance=0", r"job\.parity\.tolerance: 0 is wrong: input should be greater than 0"),
+        ("model.shape.hidden=100", r"model: hidden = 100 must be a positive multiple of 32"),
+        ("model.checkpoint=/x", r"model: give either checkpoint .* or synthetic"),
+        ("topology.ep=3", r"ep: 3 does not divide nodes 1 × ranks_per_node 4 = 4 ranks; use one of 1, 2, 4"),
+        ("topology.tp=3", r"tp: 3 does not divide nodes 1 × ranks_per_node 4 = 4 ranks; use one of 1, 2, 4"),
+        ("topology.tp=2", r"ep: 4 does not divide tp 2: .* use an ep of 1, 2, or tp 4"),
+        ("model.shape.experts=3", r"3 is more than the 3 experts|top_k = 6 is more than experts = 3"),
+        ("topology.nodes=2", r"nodes: 2, but local runs on this machine alone; use 1"),
+        ("job.layers=[0, 9]", r"job\.layers: \[0, 9\] is not 'all' or a rising list from 0\.\.3"),
+        ("job.parity.layers=[7]", r"job\.parity\.layers: \[7\] are not all among the loaded layers"),
+        ("job.throughput.batch_sizes=[-1]", r"batch_sizes\.0: -1 is wrong"),
+        ("cluster=bevern", r"cluster: 'bevern' is not the name of a file .*did you mean 'beverin'\?"),
+        ("model=3", r"model: 3 is not the name of a file"),
+        ("topology", r"--set topology: expected key=value"),
+        ("topology.ep.x=1", r"--set topology\.ep\.x: topology\.ep is a value, it has no keys"),
+        ("topology.ep=[", r"--set topology\.ep=\[: not YAML"),
+    ],
+)
+def test_a_wrong_key_gets_one_line_with_the_key_and_the_right_form(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as failure:
+        load(TINY, [override])
+    assert len(str(failure.value).splitlines()) == 1
+
+
+def test_more_ranks_than_devices_and_more_time_than_the_cluster_gives_are_refused_together() -> None:
+    with pytest.raises(InputError) as failure:
+        load(
+            CONFIGS / "v4pro-2node.yaml",
+            ["topology.ranks_per_node=8", "topology.tp=16", "topology.ep=16", "limits.time_min=721"],
+        )
+    devices, time = str(failure.value).splitlines()
+    assert devices.endswith("ranks_per_node: 8 is more than the 4 devices of a node of beverin")
+    assert time.endswith("limits.time_min: 721 is more than beverin's time_limit_min 720")
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    return tmp_path / "configs"
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("tiny.yaml", "runs: {name: x}", r"tiny\.yaml: runs: unknown key; did you mean 'run'\?"),
+        ("clusters/local.yaml", "acount: x", r"clusters/local\.yaml: acount: unknown key; did you mean 'account'\?"),
+        ("models/tiny.yaml", "chekpoint: x", r"models/tiny\.yaml: chekpoint: unknown key; did you mean 'checkpoint'\?"),
+    ],
+)
+def test_a_mistake_is_placed_in_the_file_that_holds_it(copied: Path, file: str, line: str, message: str) -> None:
+    with (copied / file).open("a") as f:
+        f.write(line + "\n")
+    with pytest.raises(InputError, match=message):
+        load(copied / "tiny.yaml")
+
+
+def test_a_section_in_place_of_a_value_and_a_file_that_is_no_yaml_are_named(copied: Path) -> None:
+    document = yaml.safe_load((copied / "tiny.yaml").read_text())
+    (copied / "tiny.yaml").write_text(yaml.safe_dump(document | {"limits": 3}))
+    with pytest.raises(InputError, match=r"tiny\.yaml: limits: 3 is wrong"):
+        load(copied / "tiny.yaml")
+    (copied / "clusters/local.yaml").write_text("name: [")
+    with pytest.raises(InputError, match=r"clusters/local\.yaml: not YAML: while parsing"):
+        load(copied / "tiny.yaml")
+    (copied / "tiny.yaml").write_text("limits: {time_min: 1}\nlimits: {time_min: 2}\n")
+    with pytest.raises(InputError, match=r"tiny\.yaml: not YAML: key 'limits' stands twice .*line 1"):
+        load(copied / "tiny.yaml")
+    (copied / "tiny.yaml").write_text("- a\n- b\n")
+    with pytest.raises(InputError, match=r"tiny\.yaml: expected keys and values, found list"):
+        load(copied / "tiny.yaml")
+    with pytest.raises(InputError, match=r"nope\.yaml: no such file"):
+        load(copied / "nope.yaml")

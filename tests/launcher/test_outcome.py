@@ -1,0 +1,115 @@
+"""Which rank failed first, from what the ranks said."""
+
+from typing import Any
+
+import pytest
+
+from launcher.events import LAUNCHER, Event
+from launcher.outcome import judge
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:33222"
+
+
+def started(rank: int, time: float = 0.0) -> Event:
+    return Event(time, rank, "start", "started", data={"pid": rank, "host": "n"})
+
+
+def failed(time: float, rank: int, error: str, kind: str = "RuntimeError", stage: str = "weights") -> Event:
+    return Event(time, rank, stage, "failed", data={"error": error, "error_type": kind, "traceback": "…"})
+
+
+def done(time: float, rank: int) -> Event:
+    return Event(time, rank, "done", "end")
+
+
+def noted(time: float, event: str, **data: Any) -> Event:
+    return Event(time, LAUNCHER, "watch", event, data=data)
+
+
+def begun(time: float, rank: int, stage: str) -> Event:
+    return Event(time, rank, stage, "begin")
+
+
+def test_a_run_is_completed_when_every_rank_is_done() -> None:
+    assert judge([done(1, 0), done(1, 1)], 2).state == "completed"
+    outcome = judge([done(1, 0), begun(1, 1, "done")], 2)
+    assert (outcome.state, outcome.finished_ranks) == ("unfinished", (0,))
+
+
+@pytest.mark.parametrize(
+    "complaint",
+    [
+        GLOO,
+        "[c10d] The client socket has timed out after 60000ms: socketTimeout",
+        "NCCL error: remote process exited or there was a network error",
+        "Broken pipe",
+        "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3, OpType=ALLREDUCE)",
+    ],
+)
+def test_an_error_of_its_own_comes_before_earlier_complaints_about_peers(complaint: str) -> None:
+    events = [failed(1, 0, complaint), failed(2, 3, "no tensor x", "CheckpointError"), failed(3, 1, complaint)]
+    failure = judge(events, 4).failure
+    assert failure is not None
+    assert (failure.rank, failure.stage, failure.error_type) == (3, "weights", "CheckpointError")
+
+
+def test_of_several_errors_the_earliest_counts() -> None:
+    failure = judge([failed(1, 2, "first"), failed(2, 0, "second")], 4).failure
+    assert failure is not None
+    assert failure.error == "first"
+
+
+def test_a_rank_that_vanished_is_the_cause_of_its_peers_complaints() -> None:
+    events = [
+        started(0),
+        started(1),
+        begun(1, 1, "throughput"),
+        failed(2, 0, GLOO),
+        noted(3, "vanished", rank=1, pid=1),
+    ]
+    failure = judge(events, 2).failure
+    assert failure is not None
+    assert (failure.rank, failure.stage, failure.error_type) == (1, "throughput", "Vanished")
+
+
+def test_without_a_watcher_the_one_silent_rank_is_the_cause() -> None:
+    events = [started(0), started(1), begun(1, 1, "parity"), failed(2, 0, GLOO)]
+    failure = judge(events, 2).failure
+    assert failure is not None
+    assert (failure.rank, failure.stage, failure.error_type) == (1, "parity", "Vanished")
+
+
+def test_ranks_that_have_not_failed_yet_are_not_blamed_while_the_job_runs() -> None:
+    failure = judge([started(r) for r in range(4)] + [failed(2, 0, GLOO)], 4).failure
+    assert failure is not None
+    assert (failure.rank, failure.error) == (0, GLOO)
+
+
+def test_a_rank_that_never_reached_its_first_line_is_named_when_the_job_has_ended() -> None:
+    events = [started(0), noted(5, "ended")]
+    failure = judge(events, 2).failure
+    assert failure is not None
+    assert (failure.rank, failure.error_type) == (0, "Vanished"), "rank 0 neither finished nor failed"
+    failure = judge([done(1, 0), noted(5, "ended")], 2).failure
+    assert failure is not None
+    assert (failure.rank, failure.error_type) == (1, "NeverStarted")
+
+
+def test_ranks_that_were_stopped_are_not_the_cause() -> None:
+    events = [
+        failed(1, 0, "", "KeyboardInterrupt"),
+        failed(1, 1, "cancelled (SIGTERM)", "Signal"),
+        failed(2, 2, "CUDA error"),
+    ]
+    failure = judge(events, 3).failure
+    assert failure is not None
+    assert failure.rank == 2
+
+
+def test_only_the_last_attempt_of_a_requeued_job_counts() -> None:
+    events = [failed(1, 0, "node failure"), Event(9, 0, "done", "end", attempt=1)]
+    assert judge(events, 1).state == "completed"
+
+
+def test_a_run_without_events_is_unfinished() -> None:
+    assert judge([], 4).state == "unfinished"

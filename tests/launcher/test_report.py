@@ -1,0 +1,164 @@
+"""Reports of runs in every state, from nothing but the run's folder."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from jobs.events import EventLog
+from launcher import report
+from launcher.errors import InputError
+from launcher.events import Tail, read_events
+from launcher.plan import Plan
+from tests.launcher.plans import fixed_plan
+
+SWEEP = {
+    "batch_size": 4,
+    "layers": 4,
+    "repeats": 5,
+    "tokens_per_s": 10.5,
+    "us_per_layer": 95000.0,
+    "us_per_layer_min": 94000.0,
+    "us_per_layer_max": 99000.0,
+    "us_per_layer_mad": 1000.0,
+}
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    plan = fixed_plan(
+        "tiny", [f"run.folder={tmp_path}/runs", "topology.ranks_per_node=2", "topology.tp=2", "topology.ep=2"]
+    )
+    plan.run_dir.mkdir(parents=True)
+    plan.save()
+    return plan
+
+
+def go(plan: Plan, rank: int, *, until: str) -> EventLog:
+    """Events of a rank that begins stage `until` and is then gone."""
+    log = EventLog(plan.run_dir, rank)
+    log.write("started", pid=1, host=f"host{rank}", local_rank=rank, world=2)
+    data: dict[str, dict[str, object]] = {
+        "env": {"python": "3.11", "packages": {"torch": "2.13"}, "hip": None, "cuda": None, "device_name": "CPU"},
+        "selector": {
+            "arch": "cpu",
+            "quant": "mxfp4",
+            "selected": "reference",
+            "candidates": [{"impl": "reference", "verdict": "selected", "reason": "takes ep_size=2"}],
+        },
+        "weights": {"bytes_read": 10},
+        "parity": {"tolerance": 0.02, "layers": {"0": {"relative_error": 3e-3, "routing": "hash"}}},
+        "memory": {"measured_total": 10, "planned_total": 10, "process_resident": 10**8},
+        "throughput": {"sweep": [SWEEP]},
+        "done": {},
+    }
+    for stage, values in data.items():
+        if stage == until:
+            log._stage = stage
+            log.write("begin")
+            return log
+        with log.stage(stage) as found:
+            found |= values
+    return log
+
+
+def fail(log: EventLog, stage: str, data: dict[str, object], error: str) -> None:
+    """A stage that ends in a RuntimeError after it has put `data` down."""
+    with suppress(RuntimeError), log.stage(stage) as found:
+        found |= data
+        raise RuntimeError(error)
+
+
+def test_a_report_of_a_completed_run_holds_everything_to_repeat_it(plan: Plan) -> None:
+    for rank in range(2):
+        go(plan, rank, until="")
+    result = report.write(plan.run_dir)
+    assert (result["schema"], result["schema_version"]) == ("moe-ep/probe-report", 1)
+    assert result["run"]["state"] == "completed"
+    assert result["failure"] is None
+    assert result["run"]["command"] == ["launcher", "submit", "configs/tiny.yaml"]
+    assert result["run"]["git_revision"] == "0" * 40
+    assert result["config"] == plan.config.model_dump(mode="json")
+    assert [rank["host"] for rank in result["ranks"]] == ["host0", "host1"]
+    assert [rank["experts"] for rank in result["ranks"]] == [[0, 8], [8, 16]]
+    assert result["selector"]["selected"] == "reference"
+    assert result["selector"]["by_rank"] == {"0": "reference", "1": "reference"}
+    assert result["throughput"] == [SWEEP]
+    assert json.loads((plan.run_dir / "report.json").read_text())["parity"]["layers"]["0"]["relative_error"] == 3e-3
+    text = (plan.run_dir / "report.md").read_text()
+    assert text.startswith("# tiny 20260101-000000-abcd: completed\n")
+    for word in (
+        "| layer 0 (hash routing) | 3.00e-03 ≤ 0.02 |",
+        "10.5 tokens/s",
+        "host1",
+        "launcher submit",
+        "torch 2.13",
+    ):
+        assert word in text
+
+
+def test_a_run_without_any_event_has_a_report(plan: Plan) -> None:
+    result = report.write(plan.run_dir)
+    assert result["run"]["state"] == "unfinished"
+    assert result["throughput"] == result["memory"] == []
+
+
+def test_a_killed_run_leaves_what_was_done_and_a_broken_last_line_does_no_harm(plan: Plan) -> None:
+    for rank in range(2):
+        log = go(plan, rank, until="throughput")
+        log.write("progress", done=1, total=3, latest=SWEEP)
+    with (plan.run_dir / "events" / "rank-00001.jsonl").open("a") as f:
+        f.write('{"time": 17, "rank": 1, "sta')
+    result = report.write(plan.run_dir)
+    assert result["run"]["state"] == "unfinished"
+    assert result["throughput"] == [SWEEP], "the batch sizes that were done"
+    assert [line["rank"] for line in result["memory"]] == [0, 1]
+    assert result["ranks"][1]["stages"]["throughput"] == {"state": "begun", "seconds": None}
+
+
+def test_a_failure_names_rank_host_stage_and_shows_the_end_of_its_log(plan: Plan) -> None:
+    go(plan, 0, until="weights")
+    log = EventLog(plan.run_dir, 1)
+    log.write("started", pid=1, host="host1", local_rank=1, world=2)
+    fail(log, "weights", {"planned": 3}, "no tensor w1")
+    logs = plan.run_dir / "submitit"
+    logs.mkdir()
+    (logs / "77_1_log.err").write_bytes(b"\xff not UTF-8\n" + b"\n".join(b"line %d" % i for i in range(100)))
+    result = report.write(plan.run_dir)
+    failure = result["failure"]
+    assert (failure["rank"], failure["host"], failure["stage"]) == (1, "host1", "weights")
+    assert failure["error"] == "no tensor w1"
+    assert "RuntimeError: no tensor w1" in failure["traceback"]
+    assert failure["log_tail"] == [f"line {i}" for i in range(80, 100)]
+    assert report.headline(result).endswith("failed in stage weights, first at rank 1 on host1")
+    assert "RuntimeError: no tensor w1" in (plan.run_dir / "report.md").read_text()
+
+
+def test_a_parity_above_tolerance_is_marked(plan: Plan) -> None:
+    log = EventLog(plan.run_dir, 0)
+    lines = {"0": {"relative_error": 0.5, "routing": "hash"}}
+    fail(log, "parity", {"tolerance": 0.02, "layers": lines}, "above")
+    rows = report.summary_rows(report.build(plan.run_dir))
+    assert ("parity", "layer 0 (hash routing)", "5.00e-01 ABOVE 0.02") in rows
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"not the folder of a run, it has no plan\.json"):
+        report.build(tmp_path)
+
+
+def test_the_tail_hands_out_each_line_once_and_waits_for_whole_ones(plan: Plan) -> None:
+    tail = Tail(plan.run_dir)
+    assert tail.new() == []
+    log = EventLog(plan.run_dir, 0)
+    log.write("started", pid=1, host="h")
+    assert [e.event for e in tail.new()] == ["started"]
+    file = plan.run_dir / "events" / "rank-00000.jsonl"
+    with file.open("a") as f:
+        f.write('{"time": 1, "rank": 0, "stage": "env",')
+    assert tail.new() == []
+    with file.open("a") as f:
+        f.write(' "event": "begin"}\nnot JSON\n')
+    assert [e.event for e in tail.new()] == ["begin"]
+    assert [e.event for e in read_events(plan.run_dir)] == ["begin", "started"], "by time"

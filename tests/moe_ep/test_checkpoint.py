@@ -1,0 +1,190 @@
+"""The on-disk form, and reading no more than a rank's share of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from moe_ep import checkpoint as ckpt
+from moe_ep.checkpoint import Checkpoint, CheckpointError, TensorSpec
+from moe_ep.comm import Alone
+from moe_ep.loading import load_layer
+from moe_ep.selector import detect_arch, select_backend
+from moe_ep.shape import ModelShape
+from moe_ep.spec import MoELayerSpec, Mxfp4Config
+from moe_ep.synthetic import write_checkpoint
+
+SHAPE = ModelShape(
+    hidden=64, intermediate=32, layers=3, experts=5, top_k=2, vocab=16, hash_layers=1, mtp_layers=1, routed_scaling=1.5
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "model", SHAPE, seed=7)
+    return tmp_path / "model"
+
+
+def test_names_dtypes_and_shapes_are_deepseek_v4s(path: Path) -> None:
+    index = json.loads((path / ckpt.INDEX).read_text())
+    names = set(index["weight_map"])
+    expected = {
+        "layers.0.ffn.experts.4.w1.weight": ("I8", [32, 32]),
+        "layers.0.ffn.experts.4.w1.scale": ("F8_E8M0", [32, 2]),
+        "layers.0.ffn.experts.4.w3.weight": ("I8", [32, 32]),
+        "layers.0.ffn.experts.4.w2.weight": ("I8", [64, 16]),
+        "layers.0.ffn.experts.4.w2.scale": ("F8_E8M0", [64, 1]),
+        "layers.2.ffn.shared_experts.w1.weight": ("F8_E4M3", [32, 64]),
+        "layers.2.ffn.shared_experts.w2.scale": ("F8_E8M0", [1, 1]),
+        "layers.0.ffn.gate.weight": ("BF16", [5, 64]),
+        "layers.0.ffn.gate.tid2eid": ("I64", [16, 2]),
+        "layers.1.ffn.gate.bias": ("F32", [5]),
+        "mtp.0.ffn.gate.bias": ("F32", [5]),
+        "mtp.0.ffn.experts.0.w2.weight": ("I8", [64, 16]),
+    }
+    for name, (dtype, shape) in expected.items():
+        with safe_open(path / index["weight_map"][name], framework="pt") as file:
+            part = file.get_slice(name)
+            assert (part.get_dtype(), part.get_shape()) == (dtype, shape), name
+    assert "layers.0.ffn.gate.bias" not in names, "hash layers have no bias"
+    assert "layers.1.ffn.gate.tid2eid" not in names
+    assert len(names) == 4 * (5 * 6 + 6 + 2)
+    assert index["metadata"]["total_size"] == sum(
+        t.nbytes for f in path.glob("*.safetensors") for t in load_file(f).values()
+    )
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(path: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "again", SHAPE, seed=7)
+    write_checkpoint(tmp_path / "other", SHAPE, seed=8)
+    shard = "model-00002-of-00004.safetensors"
+    assert (tmp_path / "again" / shard).read_bytes() == (path / shard).read_bytes()
+    assert (tmp_path / "other" / shard).read_bytes() != (path / shard).read_bytes()
+
+
+def test_hash_tables_name_distinct_experts(path: Path) -> None:
+    table = Checkpoint.open(path).read_gate(0)["tid2eid"]
+    assert all(len(set(row)) == 2 and max(row) < 5 for row in table.tolist())
+
+
+def test_sizes_come_from_the_checkpoint_itself(path: Path) -> None:
+    assert Checkpoint.open(path).shape == SHAPE
+
+
+def test_an_existing_checkpoint_is_not_overwritten(path: Path) -> None:
+    with pytest.raises(FileExistsError, match="not overwritten"):
+        write_checkpoint(path, SHAPE)
+
+
+@pytest.mark.parametrize("ep_rank", [0, 1])
+def test_a_rank_reads_its_own_experts_and_what_is_replicated_and_nothing_else(path: Path, ep_rank: int) -> None:
+    checkpoint = Checkpoint.open(path)
+    read: list[str] = []
+    original = checkpoint.read
+
+    def recorded(name: str, expected: TensorSpec) -> torch.Tensor:
+        read.append(name)
+        return original(name, expected)
+
+    checkpoint.read = recorded  # type: ignore[method-assign]
+    spec = MoELayerSpec.of_rank(SHAPE, 1, ep_rank, 2)
+    backend = select_backend(spec, Mxfp4Config(), arch=detect_arch(), impl="reference")
+    layer = load_layer(checkpoint, 1, backend, Alone(), torch.device("cpu"))
+    mine = {0: range(3), 1: range(3, 5)}[ep_rank]
+    assert {int(n.split(".")[4]) for n in read if ".experts." in n} == set(mine)
+    assert len(read) == len(set(read)) == len(mine) * 6 + 6 + 2
+    assert all(n.startswith("layers.1.ffn.") for n in read)
+    experts = checkpoint.expert_bytes([1], mine)
+    assert experts == len(mine) * SHAPE.expert_bytes
+    assert checkpoint.bytes_read == experts + sum(checkpoint.tensors[n].nbytes for n in read if ".experts." not in n)
+    # The bytes arrive where the engine's layout has them, bit for bit: w1's rows, then w3's.
+    for local, expert in enumerate(mine):
+        parts = checkpoint.read_expert(1, expert)
+        for part, suffix in (("weight", "weight"), ("scale", "weight_scale")):
+            w13 = layer.experts.get_parameter(f"w13_{suffix}")[local]
+            assert torch.equal(w13, torch.cat((parts[f"w1.{part}"], parts[f"w3.{part}"])))
+            assert torch.equal(layer.experts.get_parameter(f"w2_{suffix}")[local], parts[f"w2.{part}"])
+
+
+def test_what_a_rank_holds_is_what_was_planned(path: Path) -> None:
+    checkpoint = Checkpoint.open(path)
+    for number in range(SHAPE.layers):
+        spec = MoELayerSpec.of_rank(SHAPE, number, 0, 2)
+        backend = select_backend(spec, Mxfp4Config(), arch=detect_arch(), impl="reference")
+        layer = load_layer(checkpoint, number, backend, Alone(), torch.device("cpu"))
+        held = sum(t.nbytes for t in (*layer.parameters(), *layer.buffers()))
+        assert held == sum(SHAPE.held_bytes([number], spec.num_local_experts).values())
+
+
+def rewrite(path: Path, shard: str, **changes: torch.Tensor | None) -> None:
+    tensors = load_file(path / shard)
+    for name, tensor in changes.items():
+        tensors.pop(name)
+        if tensor is not None:
+            tensors[name] = tensor
+    save_file(tensors, path / shard)
+
+
+SHARD = "model-00002-of-00004.safetensors"
+W1 = "layers.1.ffn.experts.2.w1.weight"
+
+
+def test_a_missing_tensor_is_named_with_its_file(path: Path) -> None:
+    rewrite(path, SHARD, **{W1: None})
+    with pytest.raises(CheckpointError, match=rf"{SHARD}: tensor {W1} of the index is not in the file"):
+        Checkpoint.open(path)
+
+
+def test_fp8_experts_of_a_base_checkpoint_are_refused_by_dtype(path: Path) -> None:
+    rewrite(path, SHARD, **{W1: torch.zeros(32, 64, dtype=torch.float8_e4m3fn)})
+    with pytest.raises(CheckpointError, match=rf"{W1} is F8_E4M3 \[32, 64\], expected I8 \[32, 32\]"):
+        Checkpoint.open(path).read_expert(1, 2)
+
+
+def test_a_missing_and_a_truncated_shard_are_named(path: Path) -> None:
+    shard = path / SHARD
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=rf"{SHARD}: truncated"):
+        Checkpoint.open(path)
+    shard.write_bytes(b"hello")
+    with pytest.raises(CheckpointError, match=rf"{SHARD}: not a safetensors file"):
+        Checkpoint.open(path)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"{SHARD}: no such file, but the index names it"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "deepseek_v41"}, "model_type is 'deepseek_v41', expected 'deepseek_v4'"),
+        ({"expert_dtype": "fp8"}, "expert_dtype is 'fp8', expected 'fp4'"),
+        ({"hidden_size": 65}, "hidden = 65 must be a positive multiple of 32"),
+        ({"n_routed_experts": None}, "missing n_routed_experts"),
+    ],
+    ids=["another model", "base experts", "odd size", "missing key"],
+)
+def test_a_config_of_another_model_is_refused(path: Path, change: dict[str, object], message: str) -> None:
+    config = json.loads((path / ckpt.CONFIG).read_text()) | change
+    (path / ckpt.CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {message}"):
+        Checkpoint.open(path)
+
+
+def test_early_configs_without_expert_dtype_are_read(path: Path) -> None:
+    config = json.loads((path / ckpt.CONFIG).read_text())
+    del config["expert_dtype"]
+    (path / ckpt.CONFIG).write_text(json.dumps(config))
+    assert Checkpoint.open(path).shape == SHAPE
+
+
+def test_pro_and_flash_take_the_bytes_that_their_headers_have() -> None:
+    pro = ModelShape(hidden=7168, intermediate=3072, layers=61, experts=384, top_k=6, vocab=129280)
+    flash = ModelShape(hidden=4096, intermediate=2048, layers=43, experts=256, top_k=6, vocab=129280)
+    assert (pro.expert_bytes, flash.expert_bytes) == (35_094_528, 13_369_344)
+    assert pro.held_bytes(range(61), 48)["routed experts"] == pytest.approx(102.8e9, rel=1e-3)
+    assert flash.held_bytes(range(43), 64)["routed experts"] == pytest.approx(36.8e9, rel=1e-3)

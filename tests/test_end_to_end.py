@@ -1,0 +1,186 @@
+"""Whole runs on this machine: real processes, real collectives, a real checkpoint on disk."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config import load
+from launcher.plan import make_plan
+from moe_ep.synthetic import write_checkpoint
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "tiny.yaml"
+
+
+def command(*args: str) -> list[str]:
+    return [sys.executable, "-m", "launcher", "submit", str(TINY), *args]
+
+
+def run(cwd: Path, *args: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command(*args), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def only_run(cwd: Path) -> Path:
+    (folder,) = (cwd / "runs" / "tiny").iterdir()
+    return folder
+
+
+def read_report(cwd: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((only_run(cwd) / "report.json").read_text())
+    return result
+
+
+def test_one_command_goes_from_a_yaml_to_a_report(tmp_path: Path) -> None:
+    done = run(tmp_path, "--set", "job.throughput={batch_sizes: [0, 1, 5], warmup: 1, repeats: 3}")
+    assert done.returncode == 0, done.stderr
+    report = read_report(tmp_path)
+    assert report["run"]["state"] == "completed"
+    assert report["selector"]["by_rank"] == {str(r): "triton_kernel" for r in range(4)}
+    routings = {line["routing"]: line["relative_error"] for line in report["parity"]["layers"].values()}
+    assert set(routings) == {"hash", "top-k"}
+    assert all(0 < error <= 2e-2 for error in routings.values())
+    for line in report["memory"]:
+        assert line["measured_total"] == pytest.approx(line["planned_total"], rel=0.05)
+    assert [line["batch_size"] for line in report["throughput"]] == [0, 1, 5]
+    for line in report["throughput"][1:]:
+        assert line["us_per_layer_min"] <= line["us_per_layer"] <= line["us_per_layer_max"]
+        assert line["tokens_per_s"] == pytest.approx(line["batch_size"] / (line["us_per_layer"] * 4e-6), rel=1e-6)
+    stages = ["env", "selector", "weights", "parity", "memory", "throughput", "done"]
+    assert [list(rank["stages"]) for rank in report["ranks"]] == [stages] * 4
+    # Each rank reads a quarter of the experts; the rest is replicated.
+    read = [rank["weights"]["bytes_read"] for rank in report["ranks"]]
+    experts = report["planned_bytes"]["routed experts"]
+    whole = sum(f.stat().st_size for f in (tmp_path / "runs/checkpoints").glob("*/*.safetensors"))
+    assert max(read) < whole - 2 * experts
+    # The table, the progress and the path of the report are on the terminal.
+    for word in ("cpu/mxfp4 triton_kernel", "layer 0 (hash routing)", "rank 3", "tokens/s"):
+        assert word in done.stdout
+    assert done.stdout.splitlines()[-1] == f"report: {only_run(tmp_path) / 'report.md'}"
+    assert "rank 0: weights 2/4" in done.stderr
+
+
+def test_two_ep_groups_of_two_ranks_work_on_tokens_of_their_own(tmp_path: Path) -> None:
+    done = run(tmp_path, "--set", "topology.ep=2", "--set", "job.throughput={batch_sizes: [2], repeats: 2}", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [rank["ep_group"] for rank in report["ranks"]] == [0, 0, 1, 1]
+    (line,) = report["throughput"]
+    assert line["tokens_per_s"] == pytest.approx(2 * 2 / (line["us_per_layer"] * 4e-6), rel=1e-6)
+
+
+def test_a_parity_beyond_its_tolerance_fails_the_job_and_reports_the_figure(tmp_path: Path) -> None:
+    done = run(tmp_path, "--set", "job.parity.tolerance=1e-6")
+    assert done.returncode == 1
+    report = read_report(tmp_path)
+    assert (report["run"]["state"], report["failure"]["stage"]) == ("failed", "parity")
+    assert report["failure"]["error_type"] == "ParityError"
+    assert report["parity"]["layers"]["0"]["relative_error"] > 1e-6
+    assert "ABOVE 1e-06" in done.stdout
+
+
+def test_a_rank_that_raises_ends_the_run_within_seconds_and_is_named_first(tmp_path: Path) -> None:
+    # A checkpoint in which an expert of rank 2 is damaged: the other ranks load theirs and wait.
+    plan = make_plan(load(TINY, [f"model.synthetic.folder={tmp_path}/made"]), "id")
+    made = Path(plan.checkpoint)
+    write_checkpoint(made, plan.config.model.sizes)
+    index = made / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    shard = made / listed["weight_map"]["layers.3.ffn.experts.9.w2.weight"]
+    shard.write_bytes(shard.read_bytes().replace(b"experts.9.w2.weight", b"experts.9.wX.weight"))
+    listed["weight_map"] = {k: v for k, v in listed["weight_map"].items() if "layers.3.ffn.experts.9.w2.w" not in k}
+    index.write_text(json.dumps(listed))
+    done = run(tmp_path, "--set", f"model.synthetic.folder={tmp_path}/made")
+    assert done.returncode == 1
+    report = read_report(tmp_path)
+    failure = report["failure"]
+    assert (failure["rank"], failure["stage"], failure["error_type"]) == (2, "weights", "CheckpointError")
+    assert "no tensor layers.3.ffn.experts.9.w2.weight" in failure["error"]
+    assert any("CheckpointError" in line for line in failure["log_tail"])
+    assert "rank 2, stage weights" in done.stdout
+    assert seconds_from_failure_to_end(tmp_path) < 15
+
+
+def seconds_from_failure_to_end(cwd: Path) -> float:
+    events = [
+        json.loads(line) for file in (only_run(cwd) / "events").iterdir() for line in file.read_text().splitlines()
+    ]
+    first = min(e["time"] for e in events if e["event"] in ("failed", "vanished"))
+    return float(max(e["time"] for e in events if e["event"] == "ended") - first)
+
+
+def wait_for(cwd: Path, rank: int, stage: str) -> int:
+    """The pid of a rank once it is in a stage."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for file in cwd.glob(f"runs/tiny/*/events/rank-{rank:05d}.jsonl"):
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            if any(e["stage"] == stage and e["event"] == "progress" for e in lines):
+                return int(next(e["data"]["pid"] for e in lines if e["event"] == "started"))
+        time.sleep(0.05)
+    raise TimeoutError(f"rank {rank} did not reach {stage}")
+
+
+def test_a_rank_killed_in_the_middle_leaves_a_readable_partial_report(tmp_path: Path) -> None:
+    endless = "job.throughput={batch_sizes: [1, 2, 4], warmup: 0, repeats: 100}"
+    launcher = subprocess.Popen(
+        command("--set", endless), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        pid = wait_for(tmp_path, 2, "throughput")
+        os.kill(pid, signal.SIGKILL)
+        out, _ = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 1
+    report = read_report(tmp_path)
+    failure = report["failure"]
+    assert (failure["rank"], failure["stage"], failure["error_type"]) == (2, "throughput", "Vanished")
+    assert report["parity"]["layers"], "what was done before is in the report"
+    assert len(report["memory"]) == 4
+    assert [line["batch_size"] for line in report["throughput"]] == [1]
+    assert "first at rank 2" in out.decode()
+    assert seconds_from_failure_to_end(tmp_path) < 15
+    # The same from the folder alone, another day.
+    shutil.rmtree(tmp_path / "runs" / "checkpoints")
+    again = [sys.executable, "-m", "launcher", "report", str(only_run(tmp_path))]
+    done = subprocess.run(again, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "first at rank 2" in done.stdout
+
+
+def test_a_killed_launcher_loses_nothing(tmp_path: Path) -> None:
+    launcher = subprocess.Popen(
+        command("--set", "job.throughput={batch_sizes: [1, 2], warmup: 0, repeats: 60}"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(tmp_path, 0, "throughput")
+    finally:
+        os.killpg(launcher.pid, signal.SIGKILL)  # the ranks too: a node that goes down
+        launcher.wait()
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "report", str(only_run(tmp_path)), "--json"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report = json.loads(done.stdout)
+    assert report["run"]["state"] == "unfinished"
+    assert [line["batch_size"] for line in report["throughput"]] == [1]
