@@ -67,7 +67,7 @@ def write(run_dir: Path) -> dict[str, Any]:
 
 def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(section, what, result) rows: selector, parity, memory per rank, throughput, and the failure if any."""
-    rows: list[tuple[str, str, str]] = []
+    rows = _device_rows(report)
     selector = report["selector"]
     if selector:
         rows += [
@@ -111,6 +111,19 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         where = f"rank {failure['rank']}, stage {failure['stage']}"
         rows.append(("failure", where, f"{failure['error_type']}: {failure['error']}"))
     return rows
+
+
+def _device_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Each kind of device with the number of ranks on it, and whether kernels were interpreted there."""
+    kinds: dict[str, int] = {}
+    for rank in report["ranks"]:
+        found = rank["environment"]
+        if found:
+            name = f"{found['device_name']} ({found['arch']})"
+            if found["env"].get("TRITON_INTERPRET") == "1":
+                name += "; Triton's interpreter: its times tell nothing about a GPU's"
+            kinds[name] = kinds.get(name, 0) + 1
+    return [("device", f"{count} rank{'s'[: count != 1]}", name) for name, count in kinds.items()]
 
 
 def headline(report: dict[str, Any]) -> str:

@@ -105,7 +105,7 @@ class Progress:
             for rank, line in enumerate(self._lines):
                 table.add_row(f"rank {rank}", Text(line))
             self._live.update(table, refresh=True)
-        elif event.rank == 0 or event.event == "failed":
+        elif event.event == "failed" or (event.rank == 0 and event.event != "end"):
             _plain(self._console, f"rank {event.rank}: {text}")
 
 
@@ -114,7 +114,9 @@ def _progress_text(event: Event) -> str:
         return f"{event.stage} {event.data['done']}/{event.data['total']}"
     if event.event == "failed":
         return f"{event.stage} failed: {event.data.get('error', '').splitlines()[0]}"
-    return f"{event.stage} {event.event}" if event.event != "started" else f"started on {event.data['host']}"
+    if event.event == "end":
+        return f"{event.stage} took {event.data['seconds']:.1f} s"
+    return f"started on {event.data['host']}" if event.event == "started" else event.stage
 
 
 def _table(heads: Any, rows: Any) -> Table:

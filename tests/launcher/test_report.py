@@ -40,7 +40,15 @@ def go(plan: Plan, rank: int, *, until: str) -> EventLog:
     log = EventLog(plan.run_dir, rank)
     log.write("started", pid=1, host=f"host{rank}", local_rank=rank, world=2)
     data: dict[str, dict[str, object]] = {
-        "env": {"python": "3.11", "packages": {"torch": "2.13"}, "hip": None, "cuda": None, "device_name": "CPU"},
+        "env": {
+            "python": "3.11",
+            "packages": {"torch": "2.13"},
+            "hip": None,
+            "cuda": None,
+            "device_name": "CPU",
+            "arch": "cpu",
+            "env": {},
+        },
         "selector": {
             "arch": "cpu",
             "quant": "mxfp4",

@@ -51,7 +51,7 @@ def layer_of(path: Path, number: int, rank: int, world: int, impl: str) -> tuple
 
 
 def _start(rank: int, world: int, store: str, work: Callable[..., None], args: tuple[object, ...]) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "1"}  # on the CPU, GPU or not
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     work(rank, world, *args)
