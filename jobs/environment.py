@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "safetensors", "submitit", "numpy")
+_PACKAGES = ("triton", "safetensors", "submitit", "numpy")
 _PREFIXES = (
     "HSA_",
     "HIP_",
@@ -41,7 +41,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "memory_free": free_memory(device),
         "hip": torch.version.hip,
         "cuda": torch.version.cuda,
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {"torch": torch.__version__, **{name: _version(name) for name in _PACKAGES}},
         "env": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_PREFIXES)},
     }
 

@@ -82,7 +82,7 @@ def _said(event: Event) -> Failure:
 def _silent(events: list[Event], rank: int) -> Failure:
     last = next((e for e in reversed(events) if e.rank == rank), None)
     if last is None:
-        return Failure(rank, "start", "NeverStarted", "did not reach its first line; see its log")
+        return Failure(rank, "start", "NeverStarted", "its process ended before the job's first line: see its log")
     return Failure(
         rank,
         last.stage,

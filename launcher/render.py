@@ -23,11 +23,8 @@ def job_folder(plan: Plan) -> Path:
 
 
 def environment(plan: Plan) -> dict[str, str]:
-    """Variables that every rank gets; `{run_id}` in the cluster file's values stands for the run's id."""
-    env = {name: str(value).replace("{run_id}", plan.run_id) for name, value in plan.config.cluster.env.items()}
-    if plan.code_root is not None:
-        env["PYTHONPATH"] = str(plan.code_root)
-    return env
+    """Variables that every rank gets from the cluster file; `{run_id}` in a value stands for the run's id."""
+    return {name: str(value).replace("{run_id}", plan.run_id) for name, value in plan.config.cluster.env.items()}
 
 
 def rank_environment(plan: Plan) -> list[dict[str, str]]:
@@ -64,7 +61,7 @@ def slurm_parameters(plan: Plan) -> dict[str, Any]:
         "nodes": topology.nodes,
         "ntasks_per_node": topology.ranks_per_node,
         "time": limits.time_min,
-        "setup": [f"export {name}={shlex.quote(value)}" for name, value in environment(plan).items()],
+        "setup": _exports(plan),
         "srun_args": _srun_args(plan),
         **{name: value for name, value in optional.items() if value is not None},
     }
@@ -91,6 +88,13 @@ def topology_rows(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         numbers = (p.rank, p.node, p.local_rank, p.tp_group, p.ep_group, p.ep_rank)
         rows.append((*map(str, numbers), experts, size(held) + too_much))
     return heads, rows
+
+
+def _exports(plan: Plan) -> list[str]:
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment(plan).items()]
+    if plan.code_root is not None:  # before what is there, not instead of it
+        lines.append(f"export PYTHONPATH={shlex.quote(str(plan.code_root))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    return lines
 
 
 def _srun_args(plan: Plan) -> list[str]:

@@ -244,7 +244,10 @@ def _failure(run_dir: Path, outcome: Outcome, plan: dict[str, Any], events: Sequ
     host = next((e.data["host"] for e in events if e.rank == rank and e.event == "started"), None)
     log = max((run_dir / "submitit").glob(f"*_{rank}_log.err"), key=lambda p: p.stat().st_mtime, default=None)
     tail = log.read_text(errors="replace").splitlines()[-LOG_LINES:] if log else []
-    return {**asdict(outcome.failure), "host": host, "log": str(log) if log else None, "log_tail": tail}
+    failure = asdict(outcome.failure)
+    if log is None and failure["error_type"] == "NeverStarted":
+        failure["error"] += " (there is no log: its interpreter did not start; see what submitit printed)"
+    return {**failure, "host": host, "log": str(log) if log else None, "log_tail": tail}
 
 
 def _rank_row(rank: dict[str, Any]) -> list[str]:

@@ -36,6 +36,8 @@ def dry_run(plan: Plan, problems: list[str], out: Console, *, as_json: bool) -> 
     _section(out, "Environment of every rank")
     for name, text in render.environment(plan).items():
         _plain(out, f"{name}={text}")
+    if plan.code_root is not None:
+        _plain(out, f"PYTHONPATH begins with {plan.code_root}")
     for name in plan.config.cluster.unset:
         _plain(out, f"{name} is unset")
     _section(out, "Environment by rank")

@@ -35,7 +35,10 @@ def _submit_local(plan: Plan) -> "submitit.Job[None]":
         gpus_per_node=topology.ranks_per_node if cluster.devices_per_node else 0,
         timeout_min=plan.config.limits.time_min,
     )
-    with _environ(environment(plan)):
+    extra = environment(plan)
+    if plan.code_root is not None:
+        extra["PYTHONPATH"] = os.pathsep.join(filter(None, (str(plan.code_root), os.environ.get("PYTHONPATH"))))
+    with _environ(extra):
         return executor.submit(probe.run, str(plan.run_dir))
 
 
