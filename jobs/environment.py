@@ -90,6 +90,11 @@ def free_memory(device: torch.device) -> int:
     return min(free, host_available()) if integrated else free
 
 
+def allocated(device: torch.device) -> int | None:
+    """Bytes that torch's allocator has handed out on a GPU; None on a CPU, where it does not count."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
 def host_available() -> int:
     """MemAvailable of the host in bytes."""
     for line in Path("/proc/meminfo").read_text().splitlines():

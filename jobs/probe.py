@@ -45,12 +45,14 @@ def _probe(folder: Path, rank: Rank, log: EventLog) -> None:
     with log.stage("weights") as data:
         planned = data["planned"] = stages.check_fits(request, where)
         checkpoint = stages.open_checkpoint(request, where)
+        before = environment.allocated(device)
         layers = stages.load(
             request,
             where,
             checkpoint,
             lambda done: log.write("progress", done=done, total=len(request.layers)),
         )
+        grown = None if before is None else (environment.allocated(device) or 0) - before
         data |= {"bytes_read": checkpoint.bytes_read, "layers": list(layers)}
         dist.barrier()
 
@@ -65,7 +67,7 @@ def _probe(folder: Path, rank: Rank, log: EventLog) -> None:
         stages.check_parity(request, {n: line["relative_error"] for n, line in data["layers"].items()})
 
     with log.stage("memory") as data:
-        data |= stages.memory(where, layers, planned)
+        data |= stages.memory(where, layers, planned, grown)
 
     with log.stage("throughput") as data:
         data["sweep"] = []

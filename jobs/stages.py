@@ -150,19 +150,22 @@ def tokens(request: ProbeRequest, where: Place, count: int, *, salt: int) -> tup
     return x.to(where.device), ids.to(where.device)
 
 
-def memory(where: Place, layers: dict[int, MoELayer], planned: dict[str, int]) -> dict[str, Any]:
-    """Bytes planned for this rank, bytes that its tensors occupy, and what the process and device say."""
+def memory(where: Place, layers: dict[int, MoELayer], planned: dict[str, int], allocated: int | None) -> dict[str, Any]:
+    """Bytes planned for this rank, bytes that its layers took, and what the process and the device say.
+
+    `allocated` is by how much the allocator's count grew over the loading; where it does not count, the
+    layers' storages are added up.
+    """
     tensors = [t for layer in layers.values() for t in (*layer.parameters(), *layer.buffers())]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     measured: dict[str, Any] = {
         "planned": planned,
         "planned_total": sum(planned.values()),
-        "measured_total": sum(storages.values()),
+        "measured_total": sum(storages.values()) if allocated is None else allocated,
         "process_resident": resident(),
         "free": free_memory(where.device),
     }
     if where.device.type == "cuda":
-        measured["device_allocated"] = torch.cuda.memory_allocated(where.device)
         measured["device_peak"] = torch.cuda.max_memory_allocated(where.device)
     return measured
 

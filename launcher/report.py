@@ -1,6 +1,7 @@
 """A run folder becomes a report: report.json for programs, report.md for people, a table for the terminal."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -156,7 +157,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["## Ranks", ""]
     heads = ("rank", "host", "device", "EP group", "experts", "stages, s")
     lines += _markdown_table(heads, [_rank_row(r) for r in report["ranks"]])
-    lines += ["## To repeat it", "", "```", " ".join(run["command"]), "```", ""]
+    lines += ["## To repeat it", "", "```", shlex.join(run["command"]), "```", ""]
     lines += [
         f"- git revision {run['git_revision']}, seed {run['seed']}, checkpoint `{run['checkpoint']}`",
         f"- started {run['started']}, last event {run['last_event']}",

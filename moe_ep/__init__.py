@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from moe_ep.fused import fused_moe_mxfp4
     from moe_ep.layer import MoELayer
     from moe_ep.selector import explain_selection, select_backend
+    from moe_ep.spec import MoELayerSpec, Mxfp4Config
 
-__all__ = ["MoELayer", "explain_selection", "fused_moe_mxfp4", "select_backend"]
+__all__ = ["MoELayer", "MoELayerSpec", "Mxfp4Config", "explain_selection", "fused_moe_mxfp4", "select_backend"]
 
 _HOME = {
     "MoELayer": "moe_ep.layer",
+    "MoELayerSpec": "moe_ep.spec",
+    "Mxfp4Config": "moe_ep.spec",
     "explain_selection": "moe_ep.selector",
     "fused_moe_mxfp4": "moe_ep.fused",
     "select_backend": "moe_ep.selector",

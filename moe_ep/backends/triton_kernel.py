@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from moe_ep.backends.base import Mxfp4Backend
 from moe_ep.dispatch import plan_routes
@@ -13,8 +14,14 @@ _COMBINE_BLOCK = 1024
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernels run on a device: a GPU, or anything in Triton's interpreter."""
-    return device.type == "cuda" or interpreted()
+    """Whether the kernels run on a device: in Triton's interpreter any, else that of Triton's active driver."""
+    if interpreted():
+        return True
+    try:
+        active: torch.device = driver.active.get_active_torch_device()
+    except RuntimeError:  # no driver found a device
+        return False
+    return active.type == device.type
 
 
 def experts(
@@ -38,8 +45,8 @@ def experts(
         return hidden_states.new_zeros(tokens, hidden, dtype=torch.float32)
     if not runs_on(hidden_states.device):
         raise ValueError(
-            "impl 'triton_kernel' on CPU tensors needs Triton's interpreter: set TRITON_INTERPRET=1 before "
-            "moe_ep's kernels are imported, or use impl 'reference'"
+            f"impl 'triton_kernel' does not run on {hidden_states.device} here: set TRITON_INTERPRET=1 before "
+            "moe_ep's kernels are imported (Triton's interpreter), or use impl 'reference'"
         )
 
     tile = choose(routes, local_experts)
