@@ -95,6 +95,11 @@ def allocated(device: torch.device) -> int | None:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
 
+def peak(device: torch.device) -> int | None:
+    """The most that `allocated` has been."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def host_available() -> int:
     """MemAvailable of the host in bytes."""
     for line in Path("/proc/meminfo").read_text().splitlines():

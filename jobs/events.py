@@ -5,6 +5,7 @@ most one broken one at the end.
 """
 
 import json
+import math
 import os
 import threading
 import time
@@ -17,30 +18,38 @@ from typing import Any
 EVENTS = "events"
 
 
+def event_file(run_dir: Path, rank: int) -> Path:
+    """Where a rank's events stand."""
+    return run_dir / EVENTS / f"rank-{rank:05d}.jsonl"
+
+
 class EventLog:
     """Appends a rank's events. Thread-safe, since a signal may end the rank from another thread."""
 
     def __init__(self, run_dir: Path, rank: int, attempt: int = 0) -> None:
-        folder = run_dir / EVENTS
-        folder.mkdir(parents=True, exist_ok=True)
+        file = event_file(run_dir, rank)
+        file.parent.mkdir(parents=True, exist_ok=True)
         self.rank = rank
         self.attempt = attempt
         self._stage = "start"
         self._lock = threading.Lock()
-        self._file = os.open(folder / f"rank-{rank:05d}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def write(self, event: str, **data: Any) -> None:
-        """Append one event with the current stage and the time (Unix seconds)."""
+    def write(self, event: str, *, error: dict[str, str] | None = None, **data: Any) -> None:
+        """Append one event with the current stage and the time (Unix seconds).
+
+        `error` holds type, text and traceback; it stands apart from the data, which are results.
+        """
         line = {
             "time": time.time(),
             "rank": self.rank,
             "attempt": self.attempt,
             "stage": self._stage,
             "event": event,
-            "data": data,
-        }
+            "data": _finite(data),
+        } | ({"error": error} if error else {})
         with self._lock:
-            os.write(self._file, (json.dumps(line) + "\n").encode())
+            os.write(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -52,12 +61,16 @@ class EventLog:
         try:
             yield data
         except BaseException as error:
-            self.write(
-                "failed",
-                **data,
-                error=str(error),
-                error_type=type(error).__name__,
-                traceback=traceback.format_exc(),
-            )
+            told = {"type": type(error).__name__, "text": str(error), "traceback": traceback.format_exc()}
+            self.write("failed", error=told, **data)
             raise
         self.write("end", seconds=round(time.monotonic() - started, 6), **data)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

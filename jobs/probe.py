@@ -1,6 +1,7 @@
 """The probe: env → selector → weights → parity → memory → throughput → done, on every rank."""
 
 import os
+import shutil
 from pathlib import Path
 
 from jobs.events import EventLog
@@ -18,18 +19,27 @@ def run(run_dir: str) -> None:
     rank = Rank.current()
     rank.export()
     log = EventLog(folder, rank.rank, rank.attempt)
-    leave_on_signal(log)
     log.write("started", pid=os.getpid(), host=rank.host, local_rank=rank.local_rank, world=rank.world)
-    _probe(folder, rank, log)
+    request = ProbeRequest.load(folder)
+
+    def clean_up() -> None:
+        if request.scratch and rank.local_rank == 0:
+            shutil.rmtree(request.scratch, ignore_errors=True)
+
+    leave_on_signal(log, clean_up)
+    try:
+        _probe(request, folder, rank, log)
+    finally:
+        clean_up()
 
 
-def _probe(folder: Path, rank: Rank, log: EventLog) -> None:
+def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> None:
     with log.stage("env") as data:
         import torch.distributed as dist
 
         from jobs import environment, stages, throughput
+        from moe_ep.selector import NoBackendError
 
-        request = ProbeRequest.load(folder)
         device = environment.pick_device(rank.local_rank, request.arch)
         data |= environment.describe(device)
         join(rank, folder, device, request.rank_timeout_s)
@@ -40,7 +50,7 @@ def _probe(folder: Path, rank: Rank, log: EventLog) -> None:
         record = stages.select(request, where)
         data |= record.as_dict()
         if record.selected is None:
-            raise RuntimeError(record.refusal())
+            raise NoBackendError(record)
 
     with log.stage("weights") as data:
         planned = data["planned"] = stages.check_fits(request, where)
@@ -71,9 +81,11 @@ def _probe(folder: Path, rank: Rank, log: EventLog) -> None:
 
     with log.stage("throughput") as data:
         data["sweep"] = []
+        measured = throughput.measured_before(folder, rank.attempt)
         for i, batch in enumerate(request.batch_sizes, start=1):
-            data["sweep"].append(throughput.sweep_one(request, where, layers, batch))
+            data["sweep"].append(measured.get(batch) or throughput.sweep_one(request, where, layers, batch))
             log.write("progress", done=i, total=len(request.batch_sizes), latest=data["sweep"][-1])
+        data["device_peak"] = environment.peak(device)
 
     with log.stage("done"):
         dist.barrier()

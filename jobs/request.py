@@ -17,12 +17,10 @@ class ProbeRequest:
     seed: int
     nodes: int
     ranks_per_node: int
-    tp: int
     ep: int
     arch: str
     """What every rank's device must be: "gfx942", "sm90", "cpu"."""
     impl: str
-    activation_dtype: str
     checkpoint: str
     synthesise: bool
     """Whether rank 0 writes the checkpoint, from `shape` and `seed`, where it does not exist."""
@@ -36,7 +34,9 @@ class ProbeRequest:
     warmup: int
     repeats: int
     rank_timeout_s: int
-    """Seconds after which a collective, or waiting for rank 0, is an error."""
+    """Seconds after which a collective, or waiting for another rank, is an error."""
+    scratch: str | None
+    """Folder on the node's own disk that the ranks may use and remove at their end."""
 
     @property
     def world(self) -> int:

@@ -1,7 +1,9 @@
 """The stages of a probe on one rank. Each takes what it needs and returns what the report will hold."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ def place(request: ProbeRequest, rank: int, device: torch.device) -> Place:
     """Split the world into EP groups of consecutive ranks. Every rank must call it."""
     ep, mine = request.ep, None
     for first in range(0, request.world, ep):
-        group = dist.new_group(list(range(first, first + ep)))
+        # Without a timeout of its own a group takes the backend's default, half an hour.
+        group = dist.new_group(list(range(first, first + ep)), timeout=timedelta(seconds=request.rank_timeout_s))
         if first <= rank < first + ep:
             mine = group
     return Place(rank, request.world, rank % ep, ep, rank // ep, mine, device)
@@ -73,7 +76,8 @@ def open_checkpoint(request: ProbeRequest, where: Place) -> Checkpoint:
     """
     path = Path(request.checkpoint)
     if request.synthesise and where.rank == 0 and not path.exists():
-        write_checkpoint(path, request.shape, seed=request.seed)
+        with suppress(FileExistsError):  # another run made the same meanwhile
+            write_checkpoint(path, request.shape, seed=request.seed)
     dist.barrier()
     checkpoint = Checkpoint.open(path)
     if checkpoint.shape != request.shape:
@@ -82,7 +86,7 @@ def open_checkpoint(request: ProbeRequest, where: Place) -> Checkpoint:
 
 
 def check_fits(request: ProbeRequest, where: Place) -> dict[str, int]:
-    """Bytes that this rank will hold, by item.
+    """Bytes of the layers that this rank will hold, by item; the largest batch's workspace must fit too.
 
     Raises
     ------
@@ -91,12 +95,14 @@ def check_fits(request: ProbeRequest, where: Place) -> dict[str, int]:
     """
     spec = _spec(request, where, request.layers[0])
     planned = request.shape.held_bytes(request.layers, spec.num_local_experts)
+    workspace = request.shape.workspace_bytes(max(*request.batch_sizes, request.parity_tokens))
     # Ranks on a CPU share the host's memory.
     free = free_memory(where.device) // (request.ranks_per_node if where.device.type == "cpu" else 1)
-    total = sum(planned.values())
+    total = sum(planned.values()) + workspace
     if total > free:
         raise DoesNotFitError(
             f"{total / GB:.1f} GB would be held ({planned['routed experts'] / GB:.1f} GB of routed experts, "
+            f"{workspace / GB:.1f} GB of workspace, "
             f"{spec.num_local_experts} of {spec.num_experts} at ep={where.ep_size}), "
             f"but {free / GB:.1f} GB are free on {where.device}: use more ranks and a larger topology.ep"
         )
@@ -158,16 +164,13 @@ def memory(where: Place, layers: dict[int, MoELayer], planned: dict[str, int], a
     """
     tensors = [t for layer in layers.values() for t in (*layer.parameters(), *layer.buffers())]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    measured: dict[str, Any] = {
+    return {
         "planned": planned,
         "planned_total": sum(planned.values()),
         "measured_total": sum(storages.values()) if allocated is None else allocated,
         "process_resident": resident(),
         "free": free_memory(where.device),
     }
-    if where.device.type == "cuda":
-        measured["device_peak"] = torch.cuda.max_memory_allocated(where.device)
-    return measured
 
 
 def _spec(request: ProbeRequest, where: Place, layer: int) -> MoELayerSpec:

@@ -1,13 +1,16 @@
 """Timing the layers over a list of batch sizes."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from jobs.events import event_file
 from jobs.request import ProbeRequest
 from jobs.stages import Place, tokens
 from moe_ep.layer import MoELayer
@@ -43,6 +46,20 @@ def sweep_one(request: ProbeRequest, where: Place, layers: dict[int, MoELayer], 
         "us_per_layer_max": passes[-1] / len(layers) * 1e6,
         "us_per_layer_mad": statistics.median(abs(p - median) for p in passes) / len(layers) * 1e6,
     }
+
+
+def measured_before(run_dir: Path, attempt: int) -> dict[int, dict[str, Any]]:
+    """What an earlier attempt of the run measured, by batch size; the same on every rank, which all must call it."""
+    found: list[dict[int, dict[str, Any]]] = [{}]
+    if dist.get_rank() == 0:
+        lines = (json.loads(line) for line in event_file(run_dir, 0).read_text().splitlines())
+        found[0] = {
+            line["data"]["latest"]["batch_size"]: line["data"]["latest"]
+            for line in lines
+            if line["attempt"] < attempt and line["stage"] == "throughput" and line["event"] == "progress"
+        }
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def _timed(one_pass: Callable[[], None], device: torch.device) -> float:

@@ -40,10 +40,11 @@ def load(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] =
         if key not in files:
             _assign(document, key, value)
     sources = Sources(path, files, frozenset(key for key, _ in changes))
+    document = _expand(document, environ)
     try:
-        config = Config.model_validate(_expand(document, environ))
+        config = Config.model_validate(document)
     except ValidationError as error:
-        raise InputError(explain(error.errors(), sources)) from None
+        raise InputError(explain(error.errors(), document, sources)) from None
     problems = _contradictions(config, sources)
     if problems:
         raise InputError("\n".join(problems))
@@ -77,7 +78,10 @@ def _find(run_file: Path, section: str, chosen: Any) -> Path:
     form = f"the name of a file in {folder} ({', '.join(names) or 'empty'}) or a path to a .yaml"
     if not isinstance(chosen, str):
         raise InputError(f"{run_file}: {section}: {chosen!r} is not {form}")
-    path = Path(chosen) if chosen.endswith((".yaml", ".yml")) else folder / f"{chosen}.yaml"
+    # A path is meant from the run's file, as in other formats that include, or from where the user stands.
+    beside = run_file.parent / chosen
+    given = beside if beside.is_file() else Path(chosen)
+    path = given if chosen.endswith((".yaml", ".yml")) else folder / f"{chosen}.yaml"
     if not path.is_file():
         raise InputError(f"{run_file}: {section}: {chosen!r} is not {form}{did_you_mean(chosen, names)}")
     return path

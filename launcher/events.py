@@ -21,6 +21,8 @@ class Event:
     event: str
     attempt: int = 0
     data: dict[str, Any] = field(default_factory=dict)
+    error: dict[str, str] = field(default_factory=dict)
+    """type, text and traceback of a failure."""
 
 
 class Tail:

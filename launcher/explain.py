@@ -1,7 +1,6 @@
 """One line for each of pydantic's errors: the file, the key, what was found, what would be right."""
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,15 +38,28 @@ class Sources:
         return f"{self.run_file}: {key}"
 
 
-def explain(errors: Sequence[Any], sources: Sources) -> str:
-    """One line for each key that pydantic found fault with."""
+def explain(errors: Sequence[Any], document: Any, sources: Sources) -> str:
+    """One line for each key of `document` that pydantic found fault with."""
     faults: dict[str, list[str]] = {}
     for error in errors:
-        # Branches of a union appear in the location as type names; what a user wrote has no such part.
-        location = [str(part) for part in error["loc"] if not re.match(r"^(literal|list|dict|str|int)\b", str(part))]
+        location = _keys_of(error, document)
         faults.setdefault(sources.where(".".join(location)), []).append(_fault(error, location))
     # A union reports one fault for each of its branches: either would do.
     return "\n".join(f"{where}: {'; or '.join(found)}" for where, found in faults.items())
+
+
+def _keys_of(error: Any, document: Any) -> list[str]:
+    """The location of an error as the user wrote it: pydantic's names of a union's branches are left out."""
+    keys: list[str] = []
+    node = document
+    for part in error["loc"]:
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
+        if inside:
+            node = node[part]
+        elif error["type"] != "missing" or part != error["loc"][-1]:
+            continue
+        keys.append(str(part))
+    return keys
 
 
 def _fault(error: Any, location: list[str]) -> str:
@@ -57,6 +69,8 @@ def _fault(error: Any, location: list[str]) -> str:
         return f"unknown key{did_you_mean(location[-1], known)} (there are: {', '.join(known)})"
     if error["type"] == "missing":
         return f"missing, expected {_form(location)}"
+    if error["type"] == "string_pattern_mismatch":
+        message = f"must match {error['ctx']['pattern']}"
     if error["type"] == "value_error":
         return message.removeprefix("value error, ")
     return f"{error['input']!r} is wrong: {message}"

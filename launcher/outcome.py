@@ -11,7 +11,8 @@ State = Literal["completed", "failed", "unfinished"]
 
 # What a rank says when it is another that went away: gloo, the TCP store, NCCL and RCCL.
 _PEER = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|socket ?timeout|remote process exited|"
+    r"connection (closed|reset|refused)|broken pipe|socket ?timeout|timed out waiting|remote process exited|"
+    r"have not arrived|rank 0 has not arrived|"
     r"failed to (recv|send)|(nccl|rccl).*(abort|remote|system error)|watchdog caught|DistNetworkError|DistStoreError",
     re.IGNORECASE,
 )
@@ -20,9 +21,9 @@ _STOPPED = ("KeyboardInterrupt", "Signal")
 
 @dataclass(frozen=True)
 class Failure:
-    """The rank that failed first, in which stage, and what it said."""
+    """The rank that failed first (None: it was no rank's fault), in which stage, and what it said."""
 
-    rank: int
+    rank: int | None
     stage: str
     error_type: str
     error: str
@@ -34,8 +35,14 @@ class Outcome:
     """What became of a run. `unfinished` runs still run, or ended where nobody could write it down."""
 
     state: State
-    failure: Failure | None
-    finished_ranks: tuple[int, ...]
+    failure: Failure | None = None
+
+
+def last_attempt(events: Iterable[Event]) -> list[Event]:
+    """The events of the last time that the run was submitted or requeued."""
+    events = list(events)
+    attempt = max((e.attempt for e in events), default=0)
+    return [e for e in events if e.attempt == attempt]
 
 
 def judge(events: Iterable[Event], world: int) -> Outcome:
@@ -44,39 +51,37 @@ def judge(events: Iterable[Event], world: int) -> Outcome:
     The first failing rank is, in this order: the earliest that raised an error of its own; one that ended
     without a word (killed from outside) while others complained of a lost peer; the earliest complaint.
     """
-    events = list(events)
-    attempt = max((e.attempt for e in events), default=0)
-    events = [e for e in events if e.attempt == attempt or e.rank == LAUNCHER]
+    events = last_attempt(events)
     done = {e.rank for e in events if e.stage == "done" and e.event == "end"}
     if len(done) == world:
-        return Outcome("completed", None, tuple(sorted(done)))
-    failed = [e for e in events if e.event == "failed" and e.rank != LAUNCHER]
-    ended = any(e.rank == LAUNCHER and e.event == "ended" for e in events)
+        return Outcome("completed")
+    failed = [e for e in events if e.event == "failed"]
     own = [e for e in failed if not _is_consequence(e)]
+    notes = {e.event: e for e in reversed(events) if e.rank == LAUNCHER}  # the earliest of each kind
     silent = [rank for rank in range(world) if rank not in done | {e.rank for e in failed}]
-    vanished = [e.data["rank"] for e in events if e.rank == LAUNCHER and e.event == "vanished"]
-    failure: Failure | None = None
     if own:
-        failure = _said(own[0])
-    elif vanished:
-        failure = _silent(events, vanished[0])
-    elif silent and (ended or (failed and len(silent) == 1)):
-        failure = _silent(events, silent[0])
-    elif failed:
-        failure = _said(failed[0])
-    return Outcome("failed" if failure else "unfinished", failure, tuple(sorted(done)))
+        return Outcome("failed", _said(own[0]))
+    if "interrupted" in notes:
+        return Outcome("failed", Failure(None, _last_stage(events), "Interrupted", "the launcher was told to stop"))
+    if "vanished" in notes:
+        return Outcome("failed", _silent(events, notes["vanished"].data["rank"]))
+    if silent and ("ended" in notes or (failed and len(silent) == 1)):
+        return Outcome("failed", _silent(events, silent[0]))
+    return Outcome("failed", _said(failed[0])) if failed else Outcome("unfinished")
 
 
 def _is_consequence(event: Event) -> bool:
-    kind, text = event.data.get("error_type", ""), event.data.get("error", "")
-    return kind in _STOPPED or bool(_PEER.search(f"{kind}: {text}"))
+    kind = event.error.get("type", "")
+    return kind in _STOPPED or bool(_PEER.search(f"{kind}: {event.error.get('text', '')}"))
 
 
 def _said(event: Event) -> Failure:
-    data = event.data
-    return Failure(
-        event.rank, event.stage, data.get("error_type", ""), data.get("error", ""), data.get("traceback", "")
-    )
+    error = event.error
+    return Failure(event.rank, event.stage, error.get("type", ""), error.get("text", ""), error.get("traceback", ""))
+
+
+def _last_stage(events: list[Event]) -> str:
+    return next((e.stage for e in reversed(events) if e.rank != LAUNCHER), "start")
 
 
 def _silent(events: list[Event], rank: int) -> Failure:

@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import jobs
+from jobs.events import EVENTS
 from jobs.request import ProbeRequest
 from launcher.config import layer_numbers, parity_layers, unresolved
+from launcher.errors import InputError
 from launcher.files import write_atomically
 from launcher.schema import Config
 from launcher.topology import RankPlace, rank_places
+from moe_ep.shape import SYNTHETIC_FORMAT as FORMAT
 
 PLAN = "plan.json"
 
@@ -34,6 +38,8 @@ class Plan:
     """Commit of the checkout, with "-dirty" where files differ from it."""
     command: tuple[str, ...]
     """The command line, so that the run can be repeated."""
+    attempt: int = 0
+    """How often the run has been submitted before; a requeue by Slurm counts on from here."""
 
     @property
     def places(self) -> tuple[RankPlace, ...]:
@@ -47,11 +53,9 @@ class Plan:
             seed=config.run.seed,
             nodes=config.topology.nodes,
             ranks_per_node=config.topology.ranks_per_node,
-            tp=config.topology.tp,
             ep=config.topology.ep,
             arch=config.cluster.arch,
             impl=config.backend.impl,
-            activation_dtype=config.backend.activation_dtype,
             checkpoint=self.checkpoint,
             synthesise=config.model.synthetic is not None,
             shape=config.model.sizes,
@@ -63,10 +67,18 @@ class Plan:
             warmup=config.job.throughput.warmup,
             repeats=config.job.throughput.repeats,
             rank_timeout_s=config.limits.rank_timeout_s,
+            scratch=self.scratch,
         )
 
+    @property
+    def scratch(self) -> str | None:
+        """The run's folder on the nodes' own disks, which the ranks remove when they end."""
+        scratch = self.config.cluster.scratch
+        return scratch.replace("{run_id}", self.run_id) if scratch else None
+
     def save(self) -> None:
-        """Write plan and request into the run folder, which must exist."""
+        """Make the run's folder and write plan and request into it."""
+        (self.run_dir / EVENTS).mkdir(parents=True, exist_ok=True)
         record = {
             "config": self.config.model_dump(mode="json"),
             "run_id": self.run_id,
@@ -81,6 +93,33 @@ class Plan:
         }
         write_atomically(self.run_dir / PLAN, json.dumps(record, indent=2) + "\n")
         self.request().save(self.run_dir)
+
+    @classmethod
+    def load(cls, run_dir: Path, *, attempt: int) -> "Plan":
+        """The plan of a run, to be submitted once more."""
+        record = read_plan(run_dir)
+        root = record["code_root"]
+        return cls(
+            config=Config.model_validate(record["config"]),
+            run_id=record["run_id"],
+            run_dir=run_dir.absolute(),
+            checkpoint=record["checkpoint"],
+            code_root=Path(root) if root else None,
+            git_revision=record["git_revision"],
+            command=tuple(record["command"]),
+            attempt=attempt,
+        )
+
+
+def read_plan(run_dir: Path) -> dict[str, Any]:
+    """The record of a run's plan. Raises `InputError` if `run_dir` is not the folder of a run."""
+    try:
+        plan: dict[str, Any] = json.loads((run_dir / PLAN).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{run_dir}: not the folder of a run, it has no {PLAN}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run_dir / PLAN}: {error}") from None
+    return plan
 
 
 def new_run_id(now: datetime) -> str:
@@ -104,12 +143,17 @@ def make_plan(config: Config, run_id: str, command: Sequence[str] = ()) -> Plan:
 
 def problems_on_site(plan: Plan) -> list[str]:
     """What is wrong with the files that the run needs, as far as this machine can see."""
-    if plan.config.model.synthetic is not None:
-        return []
+    model = plan.config.model
+    paths = {"run.folder": plan.config.run.folder, "model.checkpoint": model.checkpoint}
+    paths["model.synthetic.folder"] = model.synthetic.folder if model.synthetic else None
+    problems = [
+        f"{key}: {path}: {', '.join(unset)} is not set here; set it, or --set {key}=/a/path"
+        for key, path in paths.items()
+        if path and (unset := unresolved(path))
+    ]
+    if problems or model.synthetic is not None:
+        return problems
     key = f"model.checkpoint: {plan.checkpoint}"
-    unset = unresolved(plan.checkpoint)
-    if unset:
-        return [f"{key}: {', '.join(unset)} is not set here; set it, or --set model.checkpoint=/path/to/checkpoint"]
     needed = [Path(plan.checkpoint) / name for name in ("config.json", "model.safetensors.index.json")]
     return [f"{key}: no file {path}; expected a DeepSeek-V4 checkpoint" for path in needed if not path.is_file()]
 
@@ -118,8 +162,8 @@ def _checkpoint(config: Config) -> str:
     model = config.model
     if model.synthetic is None:
         return str(model.checkpoint)
-    # Made weights depend on sizes and seed alone, so runs that agree in these share them.
-    identity = json.dumps([model.shape.model_dump(), config.run.seed], sort_keys=True)
+    # Made weights depend on writer, sizes and seed alone, so runs that agree in these share them.
+    identity = json.dumps([FORMAT, model.shape.model_dump(), config.run.seed], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return str(Path(model.synthetic.folder).absolute() / f"{model.name}-{digest}")
 

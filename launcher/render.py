@@ -10,11 +10,11 @@ from typing import Any
 
 from submitit.slurm import slurm
 
+from jobs.events import EVENTS
+from jobs.rank import ATTEMPT
 from launcher.config import layer_numbers
 from launcher.plan import Plan
-from launcher.units import size
-
-GB = 10**9
+from launcher.units import GB, size
 
 
 def job_folder(plan: Plan) -> Path:
@@ -23,8 +23,10 @@ def job_folder(plan: Plan) -> Path:
 
 
 def environment(plan: Plan) -> dict[str, str]:
-    """Variables that every rank gets from the cluster file; `{run_id}` in a value stands for the run's id."""
-    return {name: str(value).replace("{run_id}", plan.run_id) for name, value in plan.config.cluster.env.items()}
+    """Variables that every rank gets: the cluster file's and, in a run that is resumed, which attempt it is."""
+    scratch = plan.scratch or ""
+    env = {name: str(value).replace("{scratch}", scratch) for name, value in plan.config.cluster.env.items()}
+    return env | ({ATTEMPT: str(plan.attempt)} if plan.attempt else {})
 
 
 def rank_environment(plan: Plan) -> list[dict[str, str]]:
@@ -62,6 +64,7 @@ def slurm_parameters(plan: Plan) -> dict[str, Any]:
         "ntasks_per_node": topology.ranks_per_node,
         "time": limits.time_min,
         "setup": _exports(plan),
+        "teardown": _teardown(plan),
         "srun_args": _srun_args(plan),
         **{name: value for name, value in optional.items() if value is not None},
     }
@@ -95,6 +98,23 @@ def _exports(plan: Plan) -> list[str]:
     if plan.code_root is not None:  # before what is there, not instead of it
         lines.append(f"export PYTHONPATH={shlex.quote(str(plan.code_root))}${{PYTHONPATH:+:$PYTHONPATH}}")
     return lines
+
+
+def _teardown(plan: Plan) -> list[str]:
+    """What the batch script does once the ranks have ended: tidy up the nodes, and bear witness of the end."""
+    nodes = plan.config.topology.nodes
+    tidy = f"timeout 60 srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 rm -rf -- "
+    line = (
+        '{"time": %s, "rank": -1, "stage": "batch", "event": "ended", "attempt": %d, '
+        '"data": {"exit": %d, "job_id": "%s"}}\\n'
+    )
+    values = f'"$(date +%s.%N)" $((${{{ATTEMPT}:-0}} + ${{SLURM_RESTART_COUNT:-0}})) "$code" "$SLURM_JOB_ID"'
+    return [
+        "code=$?",
+        *([tidy + shlex.quote(plan.scratch)] if plan.scratch else []),
+        f"printf '{line}' {values} >>{shlex.quote(str(plan.run_dir / EVENTS / 'batch.jsonl'))}",
+        "exit $code",
+    ]
 
 
 def _srun_args(plan: Plan) -> list[str]:

@@ -8,11 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import InputError
 from launcher.events import Event, read_events
 from launcher.files import write_atomically
-from launcher.outcome import Outcome, judge
-from launcher.plan import PLAN
+from launcher.outcome import Outcome, judge, last_attempt
+from launcher.plan import read_plan
 from launcher.units import size
 
 SCHEMA = "moe-ep/probe-report"
@@ -20,16 +19,17 @@ SCHEMA_VERSION = 1
 LOG_LINES = 20
 
 
-def build(run_dir: Path) -> dict[str, Any]:
-    """The report of a run as far as it has come, whatever its state.
+def build(run_dir: Path, state: str | None = None) -> dict[str, Any]:
+    """The report of a run as far as it has come; `state` is what `status` says of it, if it was asked.
 
     Raises
     ------
     InputError
         If `run_dir` is not the folder of a run.
     """
-    plan = _read_plan(run_dir)
-    events = read_events(run_dir)
+    plan = read_plan(run_dir)
+    everything = read_events(run_dir)
+    events = last_attempt(everything)
     world = len(plan["topology"])
     outcome = judge(events, world)
     stages = {rank: _stages_of(events, rank) for rank in range(world)}
@@ -39,7 +39,8 @@ def build(run_dir: Path) -> dict[str, Any]:
         "run": {
             "name": plan["config"]["run"]["name"],
             "id": plan["run_id"],
-            "state": outcome.state,
+            "state": state or outcome.state,
+            "attempt": events[-1].attempt if events else 0,
             "started": _iso(events[0].time) if events else None,
             "last_event": _iso(events[-1].time) if events else None,
             "seed": plan["config"]["run"]["seed"],
@@ -49,19 +50,19 @@ def build(run_dir: Path) -> dict[str, Any]:
         },
         "failure": _failure(run_dir, outcome, plan, events),
         "selector": _selector(stages),
-        "parity": _first_data(stages, "parity"),
-        "memory": [{"rank": r, **s["memory"]["data"]} for r, s in stages.items() if "memory" in s],
-        "throughput": (_first_data(stages, "throughput") or {}).get("sweep") or _partial_sweep(events),
+        "parity": next(iter(_results(stages, "parity", "layers").values()), None),
+        "memory": [{"rank": r, **data} for r, data in _results(stages, "memory", "measured_total").items()],
+        "throughput": _sweep(everything),
         "ranks": [_rank(events, stages[rank], place) for rank, place in enumerate(plan["topology"])],
         "planned_bytes": plan["planned_bytes"],
         "config": plan["config"],
     }
 
 
-def write(run_dir: Path) -> dict[str, Any]:
+def write(run_dir: Path, state: str | None = None) -> dict[str, Any]:
     """Build the report and write report.json and report.md into the run folder. Errors as `build`."""
-    report = build(run_dir)
-    write_atomically(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
+    report = build(run_dir, state)
+    write_atomically(run_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     write_atomically(run_dir / "report.md", markdown(report))
     return report
 
@@ -85,7 +86,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             (
                 "parity",
                 f"layer {number} ({line['routing']} routing)",
-                f"{line['relative_error']:.2e} {_sign(line['relative_error'], parity['tolerance'])}",
+                _against(line["relative_error"], parity["tolerance"]),
             )
             for number, line in parity["layers"].items()
         ]
@@ -109,8 +110,9 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     failure = report["failure"]
     if failure:
-        where = f"rank {failure['rank']}, stage {failure['stage']}"
-        rows.append(("failure", where, f"{failure['error_type']}: {failure['error']}"))
+        where = [] if failure["rank"] is None else [f"rank {failure['rank']}"]
+        where.append(f"stage {failure['stage']}")
+        rows.append(("failure", ", ".join(where), f"{failure['error_type']}: {failure['error']}"))
     return rows
 
 
@@ -119,7 +121,7 @@ def _device_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     kinds: dict[str, int] = {}
     for rank in report["ranks"]:
         found = rank["environment"]
-        if found:
+        if "device_name" in found:
             name = f"{found['device_name']} ({found['arch']})"
             if found["env"].get("TRITON_INTERPRET") == "1":
                 name += "; Triton's interpreter: its times tell nothing about a GPU's"
@@ -133,7 +135,9 @@ def headline(report: dict[str, Any]) -> str:
     text = f"{run['name']} {run['id']}: {run['state']}"
     if failure:
         on = f" on {failure['host']}" if failure["host"] else ""
-        text += f" in stage {failure['stage']}, first at rank {failure['rank']}{on}"
+        text += f" in stage {failure['stage']}"
+        if failure["rank"] is not None:
+            text += f", first at rank {failure['rank']}{on}"
     return text
 
 
@@ -167,18 +171,8 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read_plan(run_dir: Path) -> dict[str, Any]:
-    try:
-        plan: dict[str, Any] = json.loads((run_dir / PLAN).read_text())
-    except FileNotFoundError:
-        raise InputError(f"{run_dir}: not the folder of a run, it has no {PLAN}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{run_dir / PLAN}: {error}") from None
-    return plan
-
-
 def _stages_of(events: Sequence[Event], rank: int) -> dict[str, dict[str, Any]]:
-    """What a rank reached: by stage its state, seconds and data (of its last attempt)."""
+    """What a rank reached: by stage its state, seconds and results."""
     stages: dict[str, dict[str, Any]] = {}
     for e in events:
         if e.rank != rank:
@@ -197,26 +191,22 @@ def _stages_of(events: Sequence[Event], rank: int) -> dict[str, dict[str, Any]]:
     return stages
 
 
-def _first_data(stages: dict[int, dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """A stage's data where all ranks report the same: the lowest rank's that has it."""
-    for by_name in stages.values():
-        data = by_name.get(name, {}).get("data")
-        if data:
-            return dict(data)
-    return None
+def _results(stages: dict[int, dict[str, Any]], name: str, key: str) -> dict[int, dict[str, Any]]:
+    """By rank, a stage's results; a rank that did not come as far as `key` has none."""
+    found = {rank: by_name.get(name, {}).get("data", {}) for rank, by_name in stages.items()}
+    return {rank: data for rank, data in found.items() if data.get(key) is not None}
 
 
 def _selector(stages: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
-    records = {r: s["selector"]["data"] for r, s in stages.items() if s.get("selector", {}).get("data")}
+    records = _results(stages, "selector", "candidates")
     if not records:
         return None
-    chosen = {str(rank): record.get("selected") for rank, record in records.items()}
-    first = dict(next(iter(records.values())))
-    return {k: first[k] for k in ("arch", "quant", "candidates", "selected")} | {"by_rank": chosen}
+    chosen = {str(rank): record["selected"] for rank, record in records.items()}
+    return {**next(iter(records.values())), "by_rank": chosen}
 
 
-def _partial_sweep(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Batch sizes that were done before a run ended in the middle of the sweep; every rank has the same."""
+def _sweep(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """The batch sizes that were measured, in whichever attempt; every rank has the same."""
     sweep = {
         e.data["latest"]["batch_size"]: e.data["latest"]
         for e in events
@@ -232,7 +222,7 @@ def _rank(events: Sequence[Event], stages: dict[str, Any], place: dict[str, Any]
         **place,
         "host": started.get("host"),
         "pid": started.get("pid"),
-        "environment": {k: v for k, v in environment.items() if k not in ("error", "error_type", "traceback", "hosts")},
+        "environment": {k: v for k, v in environment.items() if k != "hosts"},
         "weights": {k: v for k, v in stages.get("weights", {}).get("data", {}).items() if k == "bytes_read"},
         "stages": {name: {"state": s["state"], "seconds": s["seconds"]} for name, s in stages.items()},
     }
@@ -243,7 +233,8 @@ def _failure(run_dir: Path, outcome: Outcome, plan: dict[str, Any], events: Sequ
         return None
     rank = outcome.failure.rank
     host = next((e.data["host"] for e in events if e.rank == rank and e.event == "started"), None)
-    log = max((run_dir / "submitit").glob(f"*_{rank}_log.err"), key=lambda p: p.stat().st_mtime, default=None)
+    logs = [] if rank is None else (run_dir / "submitit").glob(f"*_{rank}_log.err")
+    log = max(logs, key=lambda p: p.stat().st_mtime, default=None)
     tail = log.read_text(errors="replace").splitlines()[-LOG_LINES:] if log else []
     failure = asdict(outcome.failure)
     if log is None and failure["error_type"] == "NeverStarted":
@@ -261,15 +252,17 @@ def _rank_row(rank: dict[str, Any]) -> list[str]:
 def _versions(report: dict[str, Any]) -> dict[str, str]:
     for rank in report["ranks"]:
         environment = rank["environment"]
-        if environment:
+        if "packages" in environment:
             versions = {"python": environment["python"], **environment["packages"]}
             versions |= {k: environment[k] for k in ("hip", "cuda")}
             return {name: version for name, version in versions.items() if version}
     return {}
 
 
-def _sign(error: float, tolerance: float) -> str:
-    return f"≤ {tolerance:g}" if error <= tolerance else f"ABOVE {tolerance:g}"
+def _against(error: float | None, tolerance: float) -> str:
+    if error is None:
+        return "NOT A NUMBER"
+    return f"{error:.2e} {'≤' if error <= tolerance else 'ABOVE'} {tolerance:g}"
 
 
 def _markdown_table(heads: Sequence[str], rows: list[list[str]]) -> list[str]:

@@ -1,13 +1,17 @@
 """The keys that a configuration may have, with their types and defaults."""
 
 from dataclasses import MISSING, fields
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, create_model, model_validator
 
 from moe_ep.shape import ModelShape
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # these reach a shell unquoted
+Option = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
 
 
 class _Section(BaseModel):
@@ -30,7 +34,11 @@ class Container(_Section):
 
 
 class Cluster(_Section):
-    """A site: its scheduler, its nodes, and the environment that works there."""
+    """A site: its scheduler, its nodes, and the environment that works there.
+
+    scratch: a run's folder on the nodes' own disks. `{run_id}` in it, and `{scratch}` in env's values, are
+    filled in.
+    """
 
     name: str = Field(pattern=NAME)
     scheduler: Literal["local", "slurm"]
@@ -44,11 +52,12 @@ class Cluster(_Section):
     mem_mb: int | None = Field(default=None, ge=1)
     time_limit_min: int | None = Field(default=None, ge=1)
     exclude: list[str] = []
-    sbatch_args: dict[str, str | int | bool] = {}
+    sbatch_args: dict[Option, str | int | bool] = {}
     srun_args: list[str] = []
     container: Container | None = None
-    env: dict[str, str | int] = {}
-    unset: list[str] = []
+    scratch: str | None = None
+    env: dict[Variable, str | int] = {}
+    unset: list[Variable] = []
 
 
 class Synthetic(_Section):
@@ -109,7 +118,6 @@ class Backend(_Section):
     """Which experts' implementation to use; auto takes the first that the selector finds."""
 
     impl: Literal["auto", "gluon_kernel", "triton_kernel", "reference"] = "auto"
-    activation_dtype: Literal["bf16"] = "bf16"
 
 
 class Parity(_Section):

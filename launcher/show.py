@@ -1,6 +1,9 @@
 """What people see on the terminal."""
 
 import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +15,7 @@ from rich.text import Text
 from launcher import render, report
 from launcher.events import LAUNCHER, Event
 from launcher.plan import Plan
+from launcher.status import RunStatus
 
 
 def dry_run(plan: Plan, problems: list[str], out: Console, *, as_json: bool) -> None:
@@ -48,7 +52,10 @@ def dry_run(plan: Plan, problems: list[str], out: Console, *, as_json: bool) -> 
         _plain(out, script)
     else:
         _section(out, "Command of every rank")
-        _plain(out, f"{render.python_command(plan)} -u -m submitit.core._submit {render.job_folder(plan)}")
+        _plain(
+            out,
+            f"{render.python_command(plan)} -u -m submitit.core._submit {shlex.quote(str(render.job_folder(plan)))}",
+        )
     for problem in problems:
         _plain(out, f"would not be submitted: {problem}", style="yellow")
     _plain(out, "dry run: nothing was submitted")
@@ -60,7 +67,8 @@ def queued(plan: Plan, job_id: str, out: Console, *, as_json: bool) -> None:
         out.print_json(json.dumps({"job_id": job_id, "run_dir": str(plan.run_dir)}))
         return
     _plain(out, f"Slurm job {job_id} is queued on {plan.config.cluster.name}")
-    _plain(out, f"report: python -m launcher report {plan.run_dir}")
+    for command in ("status", "logs", "report"):
+        _plain(out, f"{command}: python -m launcher {command} {plan.run_dir}")
 
 
 def summary(result: dict[str, Any], run_dir: Path, out: Console) -> None:
@@ -79,13 +87,33 @@ def summary(result: dict[str, Any], run_dir: Path, out: Console) -> None:
     _plain(out, f"report: {run_dir / 'report.md'}")
 
 
+def statuses(found: Sequence[RunStatus], problems: Sequence[str], out: Console, *, as_json: bool) -> None:
+    """A line a run."""
+    if as_json:
+        out.print_json(json.dumps({"runs": [asdict(status) for status in found], "problems": list(problems)}))
+        return
+    heads = ("run", "id", "job", "state", "reason", "elapsed", "limit", "progress", "failed first")
+    rows = []
+    for s in found:
+        first = "" if s.first_failing_rank is None else f"rank {s.first_failing_rank}"
+        rows.append((s.name, s.run_id, s.job_id, s.state, s.reason, s.elapsed, s.limit, s.progress, first))
+    # Only the columns that say something.
+    used = [i for i, head in enumerate(heads) if i < 4 or any(row[i] for row in rows)]
+    out.print(_table([heads[i] for i in used], [[Text(row[i]) for i in used] for row in rows]))
+    for problem in problems:
+        _plain(out, problem, style="yellow")
+
+
 class Progress:
     """One line a rank while a run goes on; plain lines of rank 0 where the output is no terminal."""
 
-    def __init__(self, ranks: int, console: Console) -> None:
-        self._console = console
+    def __init__(self, ranks: int, console: Console, *, quiet: bool = False) -> None:
+        self._console = Console(quiet=True) if quiet else console
+        self._state = ""
         self._lines = ["waiting"] * ranks
-        self._live = Live(console=console, transient=True, auto_refresh=False) if console.is_terminal else None
+        self._live = (
+            Live(console=console, transient=True, auto_refresh=False) if console.is_terminal and not quiet else None
+        )
 
     def __enter__(self) -> Self:
         if self._live:
@@ -95,6 +123,13 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
+
+    def status(self, status: RunStatus) -> None:
+        """Show a change of the job's state."""
+        text = f"{status.state}: {status.reason}" if status.reason else status.state
+        if text != self._state:
+            self._state = text
+            _plain(self._console, f"job {status.job_id}: {text}")
 
     def update(self, event: Event) -> None:
         """Show an event."""
@@ -115,7 +150,8 @@ def _progress_text(event: Event) -> str:
     if event.event == "progress":
         return f"{event.stage} {event.data['done']}/{event.data['total']}"
     if event.event == "failed":
-        return f"{event.stage} failed: {event.data.get('error', '').splitlines()[0]}"
+        kind, text = event.error.get("type", ""), event.error.get("text", "")
+        return f"{event.stage} failed: {next(iter(text.splitlines()), kind)}"
     if event.event == "end":
         return f"{event.stage} took {event.data['seconds']:.1f} s"
     return f"started on {event.data['host']}" if event.event == "started" else event.stage

@@ -1,17 +1,24 @@
 """The only module that starts anything: a plan becomes a job, by submitit."""
 
 import os
+import shlex
+import signal
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import submitit
 
 from jobs import probe
+from launcher import slurm
 from launcher.errors import InputError
 from launcher.plan import Plan
+from launcher.processes import Process
 from launcher.render import environment, job_folder, python_command, slurm_parameters
+from launcher.runs import submissions
 
 
 def submit(plan: Plan) -> "submitit.Job[None]":
@@ -29,7 +36,11 @@ def submit(plan: Plan) -> "submitit.Job[None]":
 
 def _submit_local(plan: Plan) -> "submitit.Job[None]":
     topology, cluster = plan.config.topology, plan.config.cluster
-    executor = submitit.LocalExecutor(job_folder(plan), python=python_command(plan))
+    python = python_command(plan)
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if cluster.devices_per_node and mask is not None:  # submitit would put 0, 1, … in its place
+        python = f"env CUDA_VISIBLE_DEVICES={shlex.quote(mask)} {python}"
+    executor = submitit.LocalExecutor(job_folder(plan), python=python)
     executor.update_parameters(
         tasks_per_node=topology.ranks_per_node,
         gpus_per_node=topology.ranks_per_node if cluster.devices_per_node else 0,
@@ -56,6 +67,26 @@ def _submit_slurm(plan: Plan) -> "submitit.Job[None]":
         return executor.submit(probe.run, str(plan.run_dir))
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         raise InputError(f"sbatch refused the request: {error}") from None
+
+
+def cancel(run_dir: Path) -> None:
+    """End a run's last submission.
+
+    Raises
+    ------
+    InputError
+        If it runs on another machine, or Slurm does not take the order.
+    """
+    last = submissions(run_dir)[-1]
+    if last.scheduler == "slurm":
+        problem = slurm.cancel(last.job_id)
+        if problem:
+            raise InputError(f"{run_dir}: {problem}")
+        return
+    if last.host != socket.gethostname():
+        raise InputError(f"{run_dir}: runs on {last.host}; cancel it there")
+    if Process(int(last.job_id), last.pid_started).alive:
+        os.kill(int(last.job_id), signal.SIGINT)  # submitit's controller ends its ranks on it
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Numbers as people read them."""
 
+GB = 10**9
+
 
 def size(count: float) -> str:
     """Bytes in the decimal unit that suits them."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, factor in (("GB", GB), ("MB", 10**6), ("kB", 10**3)):
         if count >= factor:
             return f"{count / factor:.4g} {unit}"
     return f"{count} B"

@@ -1,65 +1,148 @@
-"""Following a local run: progress as it happens, and an early end when a rank fails."""
+"""Following a run while it goes on, and ending a local one when a rank fails."""
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import submitit
 
 from jobs.events import EVENTS
 from launcher.events import LAUNCHER, Event, Tail
+from launcher.processes import Process, children
+from launcher.status import RunStatus, statuses
 
 GRACE_S = 2.0
 """How long the other ranks may still write after one has failed."""
 
+START_S = 10.0
+"""After this a rank of a local run must have a process."""
+
+STATUS_S = 3.0
+"""How often Slurm is asked about a job that is followed."""
+
 _POLL_S = 0.1
 
 
-def follow(job: "submitit.Job[None]", run_dir: Path, on_event: Callable[[Event], None]) -> None:
-    """Until the job's processes are gone, hand on each event; end the job soon after a rank has failed.
-
-    A rank whose process disappears without a last event is written down as vanished.
-    """
-    tail, pids = Tail(run_dir), dict[int, int]()
-    last, gone = set[int](), set[int]()
-    stop_at = float("inf")
+def follow(run_dir: Path, attempt: int, going_on: Callable[[], bool], on_event: Callable[[Event], None]) -> None:
+    """Until `going_on` is false, hand on each event of an attempt as it happens."""
+    tail = Tail(run_dir)
     while True:
-        running = not job.done()
+        last_round = not going_on()  # asked first, so that nothing written before the end is missed
         for event in tail.new():
-            if event.event == "started":
-                pids[event.rank] = event.data["pid"]
-            if event.event == "failed" or (event.stage == "done" and event.event == "end"):
-                last.add(event.rank)
-            if event.event in ("failed", "vanished"):
-                stop_at = min(stop_at, time.monotonic() + GRACE_S)
-            on_event(event)
-        if not running:
-            _note(run_dir, "ended")
+            if event.attempt >= attempt:
+                on_event(event)
+        if last_round:
             return
-        # Its last event may have come between reading and looking: a rank must be gone for two rounds.
-        for rank in gone - last:
-            last.add(rank)
-            _note(run_dir, "vanished", rank=rank, pid=pids[rank])
-        gone = {rank for rank, pid in pids.items() if not _alive(pid)}
-        if time.monotonic() > stop_at:
-            job.cancel()
-            stop_at = time.monotonic() + GRACE_S
         time.sleep(_POLL_S)
 
 
-def _note(run_dir: Path, event: str, **data: int) -> None:
-    line = {"time": time.time(), "rank": LAUNCHER, "stage": "watch", "event": event, "data": data}
-    folder = run_dir / EVENTS
-    folder.mkdir(exist_ok=True)
-    with (folder / "launcher.jsonl").open("a") as f:
-        f.write(json.dumps(line) + "\n")
+def until_ended(run_dir: Path, on_status: Callable[[RunStatus], None] = lambda _: None) -> Callable[[], bool]:
+    """A question whether a run still goes on, which asks Slurm no more than every few seconds.
+
+    Where neither the folder nor Slurm knows, it goes on: a scheduler that does not answer is no end.
+    """
+    asked, last = -STATUS_S, True
+
+    def going_on() -> bool:
+        nonlocal asked, last
+        if last and time.monotonic() - asked >= STATUS_S:
+            (status,), _ = statuses([run_dir])
+            on_status(status)
+            asked, last = time.monotonic(), not status.ended
+        return last
+
+    return going_on
 
 
-def _alive(pid: int) -> bool:
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    # A killed child stays a zombie until submitit's controller looks.
-    return status.rpartition(")")[2].split()[0] != "Z"
+class Shepherd:
+    """Looks after the ranks of a local job: writes down one that vanishes, ends the others when one fails.
+
+    (Slurm does both for its jobs: --kill-on-bad-exit, and the batch script's last lines.)
+    """
+
+    def __init__(self, job: "submitit.Job[None]", run_dir: Path, attempt: int, ranks: int) -> None:
+        self._job, self._run_dir, self._attempt, self._ranks = job, run_dir, attempt, ranks
+        self._controller = Process.of(int(job.job_id))
+        self._processes: dict[int, Process] = {}
+        self._spoken: set[int] = set()  # ranks that have written their last event
+        self._gone: set[int] = set()
+        self._begun = time.monotonic()
+        self._stop_at = float("inf")
+
+    def follow(self, on_event: Callable[[Event], None]) -> None:
+        """Until all processes are gone. They are gone too when this is interrupted, which is written down."""
+
+        def noted(event: Event) -> None:
+            self._note_event(event)
+            on_event(event)
+
+        try:
+            follow(self._run_dir, self._attempt, self._going_on, noted)
+        except KeyboardInterrupt:
+            self._write("interrupted")
+            raise
+        finally:
+            self._end()
+            self._write("ended")
+
+    def _note_event(self, event: Event) -> None:
+        if event.event == "failed" or (event.stage == "done" and event.event == "end"):
+            self._spoken.add(event.rank)
+        if event.event in ("failed", "vanished"):
+            self._stop_at = min(self._stop_at, time.monotonic() + GRACE_S)
+
+    def _going_on(self) -> bool:
+        self._processes |= rank_processes(self._controller, self._processes)
+        late = time.monotonic() - self._begun > START_S
+        gone = {r for r in range(self._ranks) if not (self._processes[r].alive if r in self._processes else not late)}
+        # Its last event may be written but not yet read: a rank must be gone for two rounds.
+        for rank in (gone & self._gone) - self._spoken:
+            self._spoken.add(rank)
+            self._write("vanished", rank=rank)
+        self._gone = gone
+        return not self._job.done() and time.monotonic() < self._stop_at
+
+    def _end(self) -> None:
+        """submitit's controller ends its ranks when it is interrupted; what is left after that is killed."""
+        self._processes |= rank_processes(self._controller, self._processes)
+        if not self._job.done():
+            self._job.cancel()
+        deadline = time.monotonic() + GRACE_S
+        left = [*self._processes.values(), *([self._controller] if self._controller else [])]
+        while any(process.alive for process in left) and time.monotonic() < deadline:
+            self._job.done()  # collects the controller
+            time.sleep(_POLL_S)
+        for process in left:
+            if process.alive:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+
+    def _write(self, event: str, **data: int) -> None:
+        line = {
+            "time": time.time(),
+            "rank": LAUNCHER,
+            "stage": "watch",
+            "event": event,
+            "attempt": self._attempt,
+            "data": data,
+        }
+        with (self._run_dir / EVENTS / "launcher.jsonl").open("a") as f:
+            f.write(json.dumps(line) + "\n")
+
+
+def rank_processes(controller: Process | None, known: dict[int, Process]) -> dict[int, Process]:
+    """The processes of the ranks that are not known yet, by rank, from the environment that submitit gave them."""
+    found: dict[int, Process] = {}
+    pids = {process.pid for process in known.values()}
+    for pid in children(controller.pid) if controller else []:
+        process = Process.of(pid)
+        if pid in pids or process is None:
+            continue
+        with suppress(OSError):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            found |= {int(v[24:]): process for v in variables if v.startswith(b"SUBMITIT_LOCAL_GLOBALID=")}
+    return found

@@ -1,14 +1,15 @@
 """A DeepSeek-V4 checkpoint on disk: its tensors by header, and reading just those that are asked for."""
 
 import json
+import math
+import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moe_ep.fp8 import block_grid
@@ -17,7 +18,15 @@ from moe_ep.shape import MXFP4_BLOCK, ModelShape
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 
-_BYTE_DTYPES = ("I8", "F8_E8M0")  # packed e2m1 and e8m0: bytes, whatever torch calls them
+# Packed e2m1 and e8m0 are bytes here, whatever torch calls them.
+_DTYPES = {
+    "I8": torch.uint8,
+    "F8_E8M0": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "I64": torch.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class TensorInfo:
     name: str
     file: Path
     spec: TensorSpec
+    offset: int
+    """Of its first byte in the file."""
     nbytes: int
 
 
@@ -87,7 +98,6 @@ class Checkpoint:
         self.shape = shape
         self.tensors = tensors
         self.bytes_read = 0
-        self._open_files: dict[Path, Any] = {}
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
@@ -130,17 +140,26 @@ class Checkpoint:
                 f"{found.file}: {name} is {found.spec.dtype} {list(found.spec.shape)}, "
                 f"expected {expected.dtype} {list(expected.shape)}"
             )
+        itemsize = _DTYPES[expected.dtype].itemsize
+        if found.offset < 0 or found.nbytes != math.prod(expected.shape) * itemsize:
+            raise CheckpointError(f"{found.file}: the header gives {name} {found.nbytes} bytes, which its shape denies")
         return found
 
     def read(self, name: str, expected: TensorSpec) -> Tensor:
         """One tensor on the CPU; packed e2m1 and e8m0 come as uint8, bit for bit. Errors as `info`."""
         info = self.info(name, expected)
-        file = self._open_files.get(info.file)
-        if file is None:
-            file = self._open_files[info.file] = safe_open(info.file, framework="pt")
-        tensor: Tensor = file.get_tensor(name)
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        # Read, not mapped: on unified memory a mapped file's pages take the device's memory a second time.
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            view, done = memoryview(data.numpy().data), 0
+            while done < info.nbytes:
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(f"{info.file}: truncated, {name} ends past the end of the file")
+                done += count
         self.bytes_read += info.nbytes
-        return tensor.view(torch.uint8) if info.spec.dtype in _BYTE_DTYPES else tensor
+        return data.view(_DTYPES[info.spec.dtype]).view(info.spec.shape)
 
     def read_part(self, prefix: str, specs: dict[str, TensorSpec]) -> dict[str, Tensor]:
         """The tensors of one part of a layer (expert, shared expert, router), by name below `prefix`."""
@@ -158,16 +177,6 @@ class Checkpoint:
         """The router: `weight` bf16, and `bias` f32 or, in a hash layer, `tid2eid` int64."""
         specs = gate_specs(self.shape, hash_layer=self.shape.is_hash_layer(layer))
         return self.read_part(f"{layer_prefix(layer)}.gate", specs)
-
-    def expert_bytes(self, layers: Iterable[int], experts: Iterable[int]) -> int:
-        """Bytes of the routed experts of a rank, from the headers. Errors as `info`."""
-        ids = list(experts)
-        return sum(
-            self.info(f"{layer_prefix(layer)}.experts.{e}.{name}", spec).nbytes
-            for layer in layers
-            for e in ids
-            for name, spec in expert_specs(self.shape).items()
-        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -187,16 +196,23 @@ def _headers(file: Path) -> Iterator[TensorInfo]:
     try:
         with file.open("rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))
-            if length > file.stat().st_size:
+            total = os.fstat(f.fileno()).st_size
+            if length > total:
                 raise ValueError("the header is longer than the file")
             header = json.loads(f.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            info = TensorInfo(
+                name, file, TensorSpec(entry["dtype"], tuple(entry["shape"])), 8 + length + start, end - start
+            )
+            if info.offset + info.nbytes > total:
+                raise CheckpointError(f"{file}: truncated, {name} ends past the end of the file")
+            yield info
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file, but the index names it") from None
-    except (OSError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{file}: not a safetensors file: {error}") from None
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            if file.stat().st_size < 8 + length + end:
-                raise CheckpointError(f"{file}: truncated, {name} ends past the end of the file")
-            yield TensorInfo(name, file, TensorSpec(entry["dtype"], tuple(entry["shape"])), end - start)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{file}: not a safetensors file: {type(error).__name__}: {error}") from None

@@ -48,7 +48,8 @@ def fused_moe_mxfp4(
     topk_ids: int [M, k], any k; global experts with an `expert_map`, else local rows; −1 is padding
     topk_weights: float [M, k]
     b13, b2: optional [L, 2I] and [L, H]; w2's bias counts once per route, times its weight
-    expert_map: int [E], local row of each global expert, −1 where it is not local
+    expert_map: int [E], local row of each global expert, −1 where it is not local; on the tokens' device, or
+        it is copied there at each call
     swiglu_limit: the clamp, None for none
     activation_dtype: "bf16"
     impl: "triton_kernel", "reference", or "auto": the kernels where they run, else the reference
@@ -74,6 +75,7 @@ def fused_moe_mxfp4(
         w2,
         w2_scale.view(torch.uint8),
         localise(topk_ids, expert_map, w13.shape[0]),
+        w13.shape[0] if expert_map is None else expert_map.numel(),
         topk_weights,
         b13,
         b2,

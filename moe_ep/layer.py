@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from moe_ep.backends.base import MoEBackend, Mxfp4Backend
-from moe_ep.backends.reference import swiglu
+from moe_ep.activation import swiglu
+from moe_ep.backends.base import MoEBackend
 from moe_ep.comm import Combine
 from moe_ep.routing import Router
 from moe_ep.spec import SwigluArg
@@ -36,8 +36,7 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.backend = backend
         self.swiglu_arg = SwigluArg(alpha=1.0, limit=swiglu_limit)
-        if isinstance(backend, Mxfp4Backend):
-            backend.partial_dtype = torch.float32
+        self.partial_dtype = torch.float32  # V4 adds its experts up in f32, over the ranks too
         backend.create_layer_weights(self, with_bias=with_bias)
 
     def process_weights_after_loading(self) -> None:

@@ -39,11 +39,13 @@ def route(
     if tid2eid is not None:
         if token_ids is None:
             raise ValueError("token_ids: missing, but this is a hash layer, which routes by token id")
-        ids = tid2eid[token_ids]
+        # A padding token (−1) must not wrap to the table's last row: it goes nowhere.
+        ids = torch.where((token_ids >= 0).unsqueeze(-1), tid2eid[token_ids.clamp(min=0)], -1)
     else:
         ids = (scores if bias is None else scores + bias).topk(top_k, dim=-1).indices
-    chosen = scores.gather(-1, ids)
-    weights = chosen / chosen.sum(-1, keepdim=True) * routed_scaling
+    chosen = scores.gather(-1, ids.clamp(min=0))
+    # Scores below about e^-100 are zeros in f32; a token with nothing but these weighs nothing, not NaN.
+    weights = chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) * routed_scaling
     return TopKOutput(topk_weights=weights, topk_ids=ids.int(), router_logits=logits)
 
 

@@ -10,6 +10,15 @@ MXFP4_BLOCK = 32
 FP8_BLOCK = 128
 """Rows and columns that share one scale in V4's fp8 weights."""
 
+SYNTHETIC_FORMAT = 1
+"""Raised when `synthetic` writes other bytes for the same sizes and seed."""
+
+V4_SWIGLU_LIMIT = 10.0
+"""The clamp of V4's experts; early revisions of config.json do not name it."""
+
+# What the router and the experts here compute; a checkpoint that asks for something else is refused.
+_FIXED = {"scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True, "hidden_act": "silu"}
+
 # field of ModelShape -> key of the checkpoint's config.json
 _CONFIG_KEYS = {
     "hidden": "hidden_size",
@@ -43,7 +52,7 @@ class ModelShape:
     hash_layers: int = 0
     mtp_layers: int = 0
     routed_scaling: float = 1.0
-    swiglu_limit: float = 10.0
+    swiglu_limit: float = V4_SWIGLU_LIMIT
 
     def __post_init__(self) -> None:
         for name in ("hidden", "intermediate"):
@@ -79,6 +88,12 @@ class ModelShape:
             "routers": sum(gate + (table if self.is_hash_layer(layer) else bias) for layer in layers),
         }
 
+    def workspace_bytes(self, tokens: int) -> int:
+        """Bytes that one pass of a layer over `tokens` takes at most: every route's activation (bf16) and output
+        (f32), since which routes are local is not known beforehand, and a few [tokens, H] in f32."""
+        per_route = 2 * self.intermediate + 4 * self.hidden
+        return tokens * (self.top_k * per_route + 4 * 4 * self.hidden + 4 * self.experts)
+
     def is_hash_layer(self, layer: int) -> bool:
         """Layers 0 … hash_layers−1 route by token id."""
         return layer < self.hash_layers
@@ -99,6 +114,10 @@ class ModelShape:
             raise ValueError(
                 f"{where}: expert_dtype is {config['expert_dtype']!r}, expected 'fp4' (mxfp4 routed experts)"
             )
+        other = [f"{k} = {config[k]!r} (only {v!r})" for k, v in _FIXED.items() if config.get(k, v) != v]
+        if other:
+            raise ValueError(f"{where}: not implemented: {', '.join(other)}")
+        config = {"swiglu_limit": V4_SWIGLU_LIMIT, **config}
         missing = [key for key in _CONFIG_KEYS.values() if key not in config]
         if missing:
             raise ValueError(f"{where}: missing {', '.join(missing)}")
@@ -114,10 +133,7 @@ class ModelShape:
             "architectures": ["DeepseekV4ForCausalLM"],
             "model_type": "deepseek_v4",
             "expert_dtype": "fp4",
-            "scoring_func": "sqrtsoftplus",
-            "topk_method": "noaux_tc",
-            "norm_topk_prob": True,
-            "hidden_act": "silu",
+            **_FIXED,
             "torch_dtype": "bfloat16",
             "quantization_config": {
                 "quant_method": "fp8",

@@ -1,8 +1,7 @@
 """Writing a small checkpoint in DeepSeek-V4's on-disk form, from a seed."""
 
 import json
-import os
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,13 +31,16 @@ def write_checkpoint(path: Path, shape: ModelShape, *, seed: int = 0) -> None:
     if path.exists():
         raise FileExistsError(f"{path}: exists; a checkpoint is not overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        unfinished = Path(folder) / "checkpoint"
+        unfinished.mkdir()
         _write_files(unfinished, shape, seed)
-        unfinished.rename(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            unfinished.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
+            raise FileExistsError(f"{path}: another process wrote it meanwhile") from None
 
 
 def _write_files(path: Path, shape: ModelShape, seed: int) -> None:

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,7 @@ def seconds_from_failure_to_end(cwd: Path) -> float:
 
 
 def wait_for(cwd: Path, rank: int, stage: str) -> int:
-    """The pid of a rank once it is in a stage."""
+    """The pid of a rank once it has come some way into a stage."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for file in cwd.glob(f"runs/tiny/*/events/rank-{rank:05d}.jsonl"):
@@ -132,17 +134,40 @@ def wait_for(cwd: Path, rank: int, stage: str) -> int:
     raise TimeoutError(f"rank {rank} did not reach {stage}")
 
 
-def test_a_rank_killed_in_the_middle_leaves_a_readable_partial_report(tmp_path: Path) -> None:
-    endless = "job.throughput={batch_sizes: [1, 2, 4], warmup: 0, repeats: 100}"
+@contextmanager
+def launched(cwd: Path, *args: str) -> "Iterator[subprocess.Popen[str]]":
+    """A launcher in a session of its own, of which nothing is left afterwards."""
     launcher = subprocess.Popen(
-        command("--set", endless), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command(*args),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
-        pid = wait_for(tmp_path, 2, "throughput")
-        os.kill(pid, signal.SIGKILL)
-        out, _ = launcher.communicate(timeout=60)
+        yield launcher
     finally:
-        launcher.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.communicate()
+
+
+def processes_of(pid: int) -> list[str]:
+    """Command lines that still run in the session of a launcher."""
+    found = subprocess.run(["ps", "-s", str(pid), "-o", "args="], capture_output=True, text=True, check=False)
+    return [line for line in found.stdout.splitlines() if "<defunct>" not in line]  # ended, but not collected
+
+
+LONG = "job.throughput={batch_sizes: [1, 4], warmup: 0, repeats: 40}"
+
+
+def test_a_rank_killed_in_the_middle_leaves_a_readable_partial_report(tmp_path: Path) -> None:
+    with launched(tmp_path, "--set", LONG) as launcher:
+        os.kill(wait_for(tmp_path, 2, "throughput"), signal.SIGKILL)
+        out, _ = launcher.communicate(timeout=60)
+        assert processes_of(launcher.pid) == []
     assert launcher.returncode == 1
     report = read_report(tmp_path)
     failure = report["failure"]
@@ -150,7 +175,7 @@ def test_a_rank_killed_in_the_middle_leaves_a_readable_partial_report(tmp_path: 
     assert report["parity"]["layers"], "what was done before is in the report"
     assert len(report["memory"]) == 4
     assert [line["batch_size"] for line in report["throughput"]] == [1]
-    assert "first at rank 2" in out.decode()
+    assert "first at rank 2" in out
     assert seconds_from_failure_to_end(tmp_path) < 15
     # The same from the folder alone, another day.
     shutil.rmtree(tmp_path / "runs" / "checkpoints")
@@ -160,27 +185,54 @@ def test_a_rank_killed_in_the_middle_leaves_a_readable_partial_report(tmp_path: 
     assert "first at rank 2" in done.stdout
 
 
-def test_a_killed_launcher_loses_nothing(tmp_path: Path) -> None:
-    launcher = subprocess.Popen(
-        command("--set", "job.throughput={batch_sizes: [1, 2], warmup: 0, repeats: 60}"),
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
+def test_a_rank_that_stands_still_is_named_when_the_others_have_waited_long_enough(tmp_path: Path) -> None:
+    with launched(tmp_path, "--set", LONG, "--set", "limits.rank_timeout_s=5") as launcher:
+        os.kill(wait_for(tmp_path, 3, "throughput"), signal.SIGSTOP)
+        launcher.communicate(timeout=60)
+        assert processes_of(launcher.pid) == []
+    failure = read_report(tmp_path)["failure"]
+    assert (failure["rank"], failure["stage"]) == (3, "throughput")
+
+
+def test_an_interrupted_run_ends_its_ranks_and_keeps_what_was_done(tmp_path: Path) -> None:
+    with launched(tmp_path, "--set", LONG) as launcher:
         wait_for(tmp_path, 0, "throughput")
-    finally:
-        os.killpg(launcher.pid, signal.SIGKILL)  # the ranks too: a node that goes down
+        os.killpg(launcher.pid, signal.SIGINT)  # as the terminal does: launcher, controller and ranks
+        launcher.communicate(timeout=30)
+        assert processes_of(launcher.pid) == []
+    assert launcher.returncode == 1
+    report = read_report(tmp_path)
+    assert (report["failure"]["rank"], report["failure"]["error_type"]) == (None, "Interrupted")
+    assert [line["batch_size"] for line in report["throughput"]] == [1]
+
+
+def test_a_run_whose_processes_are_all_gone_is_reported_from_its_folder_as_failed(tmp_path: Path) -> None:
+    with launched(tmp_path, "--set", LONG) as launcher:
+        wait_for(tmp_path, 0, "throughput")
+        os.killpg(launcher.pid, signal.SIGKILL)  # the ranks too: a machine that goes down
         launcher.wait()
     done = subprocess.run(
         [sys.executable, "-m", "launcher", "report", str(only_run(tmp_path)), "--json"],
         env=environment(),
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
+    assert done.returncode == 1
     report = json.loads(done.stdout)
-    assert report["run"]["state"] == "unfinished"
+    assert report["run"]["state"] == "failed"
     assert [line["batch_size"] for line in report["throughput"]] == [1]
+
+
+def test_a_rank_that_dies_before_its_first_line_ends_the_run_within_seconds(tmp_path: Path) -> None:
+    # A sitecustomize of the user's that kills rank 2's interpreter.
+    broken = "import os\nif os.environ.get('SUBMITIT_LOCAL_GLOBALID') == '2': os._exit(9)\n"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(broken)
+    env = environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path / 'site'}"}
+    started = time.monotonic()
+    done = subprocess.run(command(), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert time.monotonic() - started < 60, "far below rank_timeout_s"
+    failure = read_report(tmp_path)["failure"]
+    assert (failure["rank"], failure["error_type"]) == (2, "NeverStarted")

@@ -74,9 +74,6 @@ class Mxfp4Backend(MoEBackend):
 
     impl: ClassVar[str]
 
-    partial_dtype: torch.dtype | None = None
-    """Type of the returned partial; None is the hidden states'. V4 adds experts up in f32."""
-
     @classmethod
     def device_refusal(cls, arch: str) -> str | None:
         """Why this implementation does not run on `arch`, None if it does."""
@@ -132,7 +129,10 @@ class Mxfp4Backend(MoEBackend):
         num_global_tokens: int,
         max_num_tokens_per_gpu: int,
     ) -> Tensor:
-        """This rank's partial [M, H]; the token counts of the interface are not needed."""
+        """This rank's partial [M, H], in the hidden states' type unless `layer.partial_dtype` says another.
+
+        The token counts of the interface are not needed.
+        """
         return fused_moe_mxfp4(
             hidden_states,
             _tensor(layer, "w13_weight"),
@@ -147,7 +147,7 @@ class Mxfp4Backend(MoEBackend):
             expert_map=_tensor(layer, "expert_map"),
             swiglu_limit=getattr(getattr(layer, "swiglu_arg", None), "limit", None),
             impl=self.impl,
-            out_dtype=self.partial_dtype,
+            out_dtype=getattr(layer, "partial_dtype", None),
         )
 
 

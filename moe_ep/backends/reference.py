@@ -3,16 +3,9 @@
 import torch
 from torch import Tensor
 
+from moe_ep.activation import swiglu
 from moe_ep.backends.base import Mxfp4Backend
 from moe_ep.mxfp4 import dequantise
-
-
-def swiglu(gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
-    """silu(g)·u with V4's asymmetric clamp: the gate from above only, up from both sides."""
-    if limit is not None:
-        gate = gate.clamp(max=limit)
-        up = up.clamp(-limit, limit)
-    return torch.nn.functional.silu(gate) * up
 
 
 def expert(x: Tensor, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None, limit: float | None) -> Tensor:
@@ -30,6 +23,7 @@ def experts(
     w2: Tensor,
     w2_scale: Tensor,
     local_ids: Tensor,
+    num_experts: int,
     topk_weights: Tensor,
     b13: Tensor | None,
     b2: Tensor | None,

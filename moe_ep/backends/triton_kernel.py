@@ -31,6 +31,7 @@ def experts(
     w2: Tensor,
     w2_scale: Tensor,
     local_ids: Tensor,
+    num_experts: int,
     topk_weights: Tensor,
     b13: Tensor | None,
     b2: Tensor | None,
@@ -49,7 +50,7 @@ def experts(
             "moe_ep's kernels are imported (Triton's interpreter), or use impl 'reference'"
         )
 
-    tile = choose(routes, local_experts)
+    tile = choose(routes, num_experts)
     plan = plan_routes(local_ids, local_experts, tile.block_m)
     blocks = (plan.route, plan.block_expert, plan.block_start, plan.block_end)
     x, w13, w13_scale, w2, w2_scale, local_ids = (

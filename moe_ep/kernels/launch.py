@@ -14,13 +14,13 @@ class LaunchConfig:
     num_stages: int
 
 
-def choose(routes: int, local_experts: int) -> LaunchConfig:
-    """A tile for `routes` = M·k routes before masking, over `local_experts` experts.
+def choose(routes: int, num_experts: int) -> LaunchConfig:
+    """A tile for `routes` = M·k routes over all `num_experts` experts of the model, this rank's among them.
 
     Not tuned: 16 rows is the least that a matrix instruction takes, and more pay only when an expert has
     more routes than that. Tiles stay below the 64 KB of LDS of a gfx942 compute unit.
     """
-    per_expert = routes // max(local_experts, 1)
+    per_expert = routes // num_experts
     if per_expert <= 16:
         return LaunchConfig(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=2)
     if per_expert <= 64:

@@ -102,4 +102,4 @@ def test_a_refusal_of_sbatch_is_shown_and_exits_with_2(tmp_path: Path) -> None:
 def test_a_report_of_what_is_no_run_exits_with_2(tmp_path: Path) -> None:
     done = launcher("report", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2
-    assert "not the folder of a run" in done.stderr
+    assert "no such run" in done.stderr

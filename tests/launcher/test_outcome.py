@@ -15,7 +15,7 @@ def started(rank: int, time: float = 0.0) -> Event:
 
 
 def failed(time: float, rank: int, error: str, kind: str = "RuntimeError", stage: str = "weights") -> Event:
-    return Event(time, rank, stage, "failed", data={"error": error, "error_type": kind, "traceback": "…"})
+    return Event(time, rank, stage, "failed", error={"text": error, "type": kind, "traceback": "…"})
 
 
 def done(time: float, rank: int) -> Event:
@@ -32,8 +32,7 @@ def begun(time: float, rank: int, stage: str) -> Event:
 
 def test_a_run_is_completed_when_every_rank_is_done() -> None:
     assert judge([done(1, 0), done(1, 1)], 2).state == "completed"
-    outcome = judge([done(1, 0), begun(1, 1, "done")], 2)
-    assert (outcome.state, outcome.finished_ranks) == ("unfinished", (0,))
+    assert judge([done(1, 0), begun(1, 1, "done")], 2).state == "unfinished"
 
 
 @pytest.mark.parametrize(
@@ -43,6 +42,8 @@ def test_a_run_is_completed_when_every_rank_is_done() -> None:
         "[c10d] The client socket has timed out after 60000ms: socketTimeout",
         "NCCL error: remote process exited or there was a network error",
         "Broken pipe",
+        "[transport/tcp/unbound_buffer.cc:81] Timed out waiting 3000ms for recv operation to complete",
+        "ranks 3 of 4 have not arrived; there are 0 on n",
         "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3, OpType=ALLREDUCE)",
     ],
 )
@@ -109,6 +110,13 @@ def test_ranks_that_were_stopped_are_not_the_cause() -> None:
 def test_only_the_last_attempt_of_a_requeued_job_counts() -> None:
     events = [failed(1, 0, "node failure"), Event(9, 0, "done", "end", attempt=1)]
     assert judge(events, 1).state == "completed"
+
+
+def test_a_run_that_was_interrupted_is_no_ranks_fault() -> None:
+    events = [begun(1, 0, "weights"), failed(2, 0, "", "KeyboardInterrupt"), noted(3, "interrupted"), noted(4, "ended")]
+    failure = judge(events, 2).failure
+    assert failure is not None
+    assert (failure.rank, failure.stage, failure.error_type) == (None, "weights", "Interrupted")
 
 
 def test_a_run_without_events_is_unfinished() -> None:

@@ -67,6 +67,8 @@ def go(plan: Plan, rank: int, *, until: str) -> EventLog:
             log.write("begin")
             return log
         with log.stage(stage) as found:
+            if stage == "throughput":
+                log.write("progress", done=1, total=1, latest=SWEEP)
             found |= values
     return log
 
@@ -149,6 +151,49 @@ def test_a_parity_above_tolerance_is_marked(plan: Plan) -> None:
     fail(log, "parity", {"tolerance": 0.02, "layers": lines}, "above")
     rows = report.summary_rows(report.build(plan.run_dir))
     assert ("parity", "layer 0 (hash routing)", "5.00e-01 ABOVE 0.02") in rows
+
+
+STAGES = ("env", "selector", "weights", "parity", "memory", "throughput", "done")
+
+
+@pytest.mark.parametrize("how", ["begun", "raised", "signalled"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_report_can_be_made_whatever_stage_a_rank_ended_in_and_however(plan: Plan, stage: str, how: str) -> None:
+    go(plan, 0, until=stage)
+    log = go(plan, 1, until=stage)
+    if how == "raised":
+        fail(log, stage, {}, "")
+    elif how == "signalled":
+        log.write("failed", error={"type": "Signal", "text": "cancelled (SIGTERM)"})
+    result = report.write(plan.run_dir)
+    assert result["run"]["state"] == ("unfinished" if how == "begun" else "failed")
+    reached = STAGES.index(stage)
+    assert (result["selector"] is not None) == (reached > STAGES.index("selector"))
+    assert (result["parity"] is not None) == (reached > STAGES.index("parity"))
+    assert len(result["memory"]) == (2 if reached > STAGES.index("memory") else 0)
+    assert result["throughput"] == ([SWEEP] if reached > STAGES.index("throughput") else [])
+
+
+def test_a_parity_that_is_no_number_is_said_and_the_json_stays_valid(plan: Plan) -> None:
+    log = EventLog(plan.run_dir, 0)
+    lines = {"0": {"relative_error": float("nan"), "routing": "hash"}}
+    fail(log, "parity", {"tolerance": 0.02, "layers": lines}, "nan is above")
+    rows = report.summary_rows(report.write(plan.run_dir))
+    assert ("parity", "layer 0 (hash routing)", "NOT A NUMBER") in rows
+    assert "NaN" not in (plan.run_dir / "report.json").read_text()
+
+
+def test_after_a_requeue_the_report_is_of_the_last_attempt_but_keeps_what_was_measured(plan: Plan) -> None:
+    for rank in range(2):
+        go(plan, rank, until="done")
+    log = EventLog(plan.run_dir, 0, attempt=1)
+    log.write("started", pid=1, host="another", local_rank=0, world=2)
+    fail(log, "env", {}, "no device")
+    result = report.write(plan.run_dir)
+    assert (result["run"]["attempt"], result["failure"]["host"]) == (1, "another")
+    assert result["parity"] is None
+    assert result["memory"] == []
+    assert result["throughput"] == [SWEEP]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

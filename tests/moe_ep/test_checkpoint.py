@@ -97,9 +97,8 @@ def test_a_rank_reads_its_own_experts_and_what_is_replicated_and_nothing_else(pa
     assert {int(n.split(".")[4]) for n in read if ".experts." in n} == set(mine)
     assert len(read) == len(set(read)) == len(mine) * 6 + 6 + 2
     assert all(n.startswith("layers.1.ffn.") for n in read)
-    experts = checkpoint.expert_bytes([1], mine)
-    assert experts == len(mine) * SHAPE.expert_bytes
-    assert checkpoint.bytes_read == experts + sum(checkpoint.tensors[n].nbytes for n in read if ".experts." not in n)
+    replicated = sum(checkpoint.tensors[n].nbytes for n in read if ".experts." not in n)
+    assert checkpoint.bytes_read == len(mine) * SHAPE.expert_bytes + replicated
     # The bytes arrive where the engine's layout has them, bit for bit: w1's rows, then w3's.
     for local, expert in enumerate(mine):
         parts = checkpoint.read_expert(1, expert)
@@ -165,8 +164,10 @@ def test_a_missing_and_a_truncated_shard_are_named(path: Path) -> None:
         ({"expert_dtype": "fp8"}, "expert_dtype is 'fp8', expected 'fp4'"),
         ({"hidden_size": 65}, "hidden = 65 must be a positive multiple of 32"),
         ({"n_routed_experts": None}, "missing n_routed_experts"),
+        ({"scoring_func": "softmax"}, "not implemented: scoring_func = 'softmax'"),
+        ({"hidden_size": "64"}, "'<' not supported"),
     ],
-    ids=["another model", "base experts", "odd size", "missing key"],
+    ids=["another model", "base experts", "odd size", "missing key", "another router", "a string"],
 )
 def test_a_config_of_another_model_is_refused(path: Path, change: dict[str, object], message: str) -> None:
     config = json.loads((path / ckpt.CONFIG).read_text()) | change
@@ -175,9 +176,9 @@ def test_a_config_of_another_model_is_refused(path: Path, change: dict[str, obje
         Checkpoint.open(path)
 
 
-def test_early_configs_without_expert_dtype_are_read(path: Path) -> None:
+def test_early_configs_without_expert_dtype_and_limit_are_read(path: Path) -> None:
     config = json.loads((path / ckpt.CONFIG).read_text())
-    del config["expert_dtype"]
+    del config["expert_dtype"], config["swiglu_limit"]
     (path / ckpt.CONFIG).write_text(json.dumps(config))
     assert Checkpoint.open(path).shape == SHAPE
 

@@ -1,0 +1,65 @@
+"""`launcher lab …`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.lab import control
+from launcher.lab.spec import LabSpec, default_folder
+
+lab_app = typer.Typer(no_args_is_help=True, help="A real Slurm cluster on this machine, to try the launcher.")
+
+FOLDER = default_folder()
+
+Dir = Annotated[Path, typer.Option("--dir", help="The lab's folder; it is removed when the lab ends.")]
+Nodes = Annotated[int, typer.Option("--nodes", help="Number of nodes, each with 4 devices.")]
+
+
+@lab_app.command("up")
+def up(folder: Dir = FOLDER, nodes: Nodes = 2) -> None:
+    """Bring a lab up and leave it running."""
+    control.up(LabSpec(str(folder.absolute()), nodes=nodes))
+    print(f"{nodes} nodes are up; run commands with: launcher lab run --dir {folder} -- sinfo")
+
+
+@lab_app.command("down")
+def down(folder: Dir = FOLDER, keep: Annotated[bool, typer.Option("--keep", help="Keep the folder.")] = False) -> None:
+    """End a lab and remove its folder."""
+    control.down(folder.absolute(), keep=keep)
+
+
+@lab_app.command("run", context_settings={"ignore_unknown_options": True})
+def run(
+    command: Annotated[list[str], typer.Argument(help="What to run on the lab's login host, after --.")],
+    folder: Dir = FOLDER,
+    nodes: Nodes = 2,
+) -> None:
+    """Run a command in the lab; where none is up, bring one up for as long as the command takes."""
+    folder = folder.absolute()
+    if control.is_up(folder):
+        sys.exit(control.run(folder, command))
+    control.up(LabSpec(str(folder), nodes=nodes), bound=True)
+    try:
+        code = control.run(folder, command)
+    finally:
+        control.down(folder)
+    sys.exit(code)
+
+
+@lab_app.command("status")
+def status(folder: Dir = FOLDER) -> None:
+    """Which daemons run."""
+    daemons = control.status(folder.absolute())
+    print("\n".join(f"{name}: {'up' if running else 'down'}" for name, running in daemons.items()) or "down")
+
+
+@lab_app.command("node")
+def node(
+    fault: Annotated[str, typer.Argument(help=" | ".join(control.FAULTS))],
+    name: Annotated[str, typer.Argument(help="The node, e.g. nid001001.")],
+    folder: Dir = FOLDER,
+) -> None:
+    """Do something to a node: kill, stop, start, cut or mend."""
+    print(control.node(folder.absolute(), fault, name))

@@ -1,0 +1,87 @@
+"""A run's folder, which is the truth about it: what was planned, what was submitted, where things lie."""
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from launcher.errors import InputError
+from launcher.files import write_atomically
+from launcher.plan import PLAN
+from launcher.processes import Process
+
+SUBMISSIONS = "submissions.json"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One time that a run was handed to a scheduler. `job_id` is Slurm's, or the pid of the local controller."""
+
+    attempt: int
+    scheduler: str
+    job_id: str
+    host: str
+    time: float
+    pid_started: int = 0
+    """When the local controller started, so that its number is not mistaken for another process's."""
+
+
+def record_submission(run_dir: Path, attempt: int, scheduler: str, job_id: str) -> Submission:
+    """Add one to the run's folder."""
+    process = Process.of(int(job_id)) if scheduler == "local" else None
+    new = Submission(attempt, scheduler, job_id, socket.gethostname(), time.time(), process.started if process else 0)
+    known = [*submissions(run_dir), new]
+    write_atomically(run_dir / SUBMISSIONS, json.dumps([asdict(s) for s in known], indent=2) + "\n")
+    return new
+
+
+def submissions(run_dir: Path) -> list[Submission]:
+    """What was submitted, in order; [] before the first. Raises `InputError` if the record is damaged."""
+    try:
+        return [Submission(**line) for line in json.loads((run_dir / SUBMISSIONS).read_text())]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{run_dir / SUBMISSIONS}: {error}") from None
+
+
+def find_run(text: str, folder: Path) -> Path:
+    """The folder of a run that is named by its path, its id, or its name (the newest of that name).
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    path = Path(text)
+    if (path / PLAN).is_file():
+        return path.absolute()
+    found = [run for run in all_runs(folder) if text in (run.name, run.parent.name)]
+    if not found:
+        known = sorted({run.parent.name for run in all_runs(folder)})
+        raise InputError(
+            f"{text}: no such run: not a run's folder, nor an id or a name in {folder} "
+            f"({', '.join(known) or 'which holds no runs'}); --folder says where else to look"
+        )
+    return max(found, key=lambda run: run.name)
+
+
+def all_runs(folder: Path) -> list[Path]:
+    """Every run below a folder of runs, oldest first."""
+    found = [
+        Path(plan.path).parent.absolute()
+        for name in _folders(folder)
+        for run in _folders(name)
+        for plan in os.scandir(run)
+        if plan.name == PLAN
+    ]
+    return sorted(found, key=lambda run: run.name)
+
+
+def _folders(folder: Path | str) -> list[str]:
+    try:
+        return [entry.path for entry in os.scandir(folder) if entry.is_dir()]
+    except OSError:
+        return []
