@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from launcher import plan as planning
 from launcher.errors import InputError
 from launcher.lab.cli import lab_app
 from launcher.status import statuses
+from launcher.submit import UnclearSubmissionError
 
 FAILED, WRONG_INPUT = 1, 2
 
@@ -61,11 +63,11 @@ def submit_command(
         return
     if problems:
         raise InputError("\n".join(f"{config}: {problem}" for problem in problems))
-    plan.save()
     try:
+        plan.save()
         job = submit.submit(plan)
     except InputError:
-        shutil.rmtree(plan.run_dir)  # nothing was started, so there is nothing to keep
+        shutil.rmtree(plan.run_dir, ignore_errors=True)  # nothing was started, so there is nothing to keep
         raise
     _started(plan, job, wait=wait, follow=follow, as_json=as_json)
 
@@ -179,9 +181,16 @@ def _finish(run_dir: Path, *, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: exit code 0 well, 1 the job failed, 2 the input is wrong."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended first
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was started is ended first
+        signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × and − is no reason to fail
     try:
         app()
+    except UnclearSubmissionError as error:
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(FAILED)
     except InputError as error:
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(WRONG_INPUT)

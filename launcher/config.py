@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def load(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] =
     document = read_mapping(path)
     files: dict[str, Path] = {}
     for section in ("cluster", "model"):
-        chosen = next((value for key, value in changes if key == section), document.get(section))
-        files[section] = _find(path, section, chosen)
+        given = [value for key, value in changes if key == section]
+        where = f"{OVERRIDE} {section}" if given else f"{path}: {section}"
+        files[section] = _find(path, section, (given or [document.get(section)])[-1], where)
         document[section] = read_mapping(files[section])
     for key, value in changes:
         if key not in files:
@@ -72,19 +74,20 @@ def parity_layers(config: Config) -> list[int]:
     return sorted(kinds.values())
 
 
-def _find(run_file: Path, section: str, chosen: Any) -> Path:
+def _find(run_file: Path, section: str, chosen: Any, where: str) -> Path:
     folder = run_file.parent / f"{section}s"
     names = sorted(p.stem for p in folder.glob("*.yaml"))
     form = f"the name of a file in {folder} ({', '.join(names) or 'empty'}) or a path to a .yaml"
     if not isinstance(chosen, str):
-        raise InputError(f"{run_file}: {section}: {chosen!r} is not {form}")
+        raise InputError(f"{where}: {chosen!r} is not {form}")
     # A path is meant from the run's file, as in other formats that include, or from where the user stands.
-    beside = run_file.parent / chosen
-    given = beside if beside.is_file() else Path(chosen)
-    path = given if chosen.endswith((".yaml", ".yml")) else folder / f"{chosen}.yaml"
-    if not path.is_file():
-        raise InputError(f"{run_file}: {section}: {chosen!r} is not {form}{did_you_mean(chosen, names)}")
-    return path
+    names_file = chosen.endswith((".yaml", ".yml"))
+    candidates = [run_file.parent / chosen, Path(chosen)] if names_file else [folder / f"{chosen}.yaml"]
+    for path in candidates:
+        with suppress(OSError, ValueError):  # a name too long for a file, or with a NUL
+            if path.is_file():
+                return path
+    raise InputError(f"{where}: {chosen!r} is not {form}{did_you_mean(chosen, names)}")
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
@@ -111,7 +114,8 @@ def _expand(document: dict[str, Any], environ: Mapping[str, str]) -> dict[str, A
         for parent in parents:
             node = node.get(parent) if isinstance(node, dict) else None
         if isinstance(node, dict) and isinstance(node.get(last), str):
-            node[last] = re.sub(_VARIABLE, lambda m: environ.get(m[1], m[0]), node[last])
+            path = re.sub(_VARIABLE, lambda m: environ.get(m[1], m[0]), node[last])
+            node[last] = path.replace("~", environ.get("HOME", "~"), 1) if path.startswith("~/") else path
     return document
 
 

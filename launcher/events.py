@@ -36,9 +36,12 @@ class Tail:
         """Events since the last call, by time."""
         found: list[Event] = []
         for file in sorted(self._folder.glob("*.jsonl")):
-            with file.open("rb") as f:
-                f.seek(self._read.get(file, 0))
-                text = f.read()
+            try:
+                with file.open("rb") as f:
+                    f.seek(self._read.get(file, 0))
+                    text = f.read()
+            except OSError:
+                continue
             whole = text.rfind(b"\n") + 1
             self._read[file] = self._read.get(file, 0) + whole
             found += [event for line in text[:whole].splitlines() if (event := _parse(line)) is not None]
@@ -53,6 +56,9 @@ def read_events(run_dir: Path) -> list[Event]:
 def _parse(line: bytes) -> Event | None:
     """None for a line that is no event: a full disk or a crash may leave one."""
     try:
-        return Event(**json.loads(line))
-    except (ValueError, TypeError):
+        event = Event(**json.loads(line))
+    except (ValueError, TypeError, RecursionError):
         return None
+    numbers = isinstance(event.time, int | float) and isinstance(event.rank, int) and isinstance(event.attempt, int)
+    words = isinstance(event.stage, str) and isinstance(event.event, str)
+    return event if numbers and words and isinstance(event.data, dict) and isinstance(event.error, dict) else None

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -70,7 +70,10 @@ def _fault(error: Any, location: list[str]) -> str:
     if error["type"] == "missing":
         return f"missing, expected {_form(location)}"
     if error["type"] == "string_pattern_mismatch":
+        # A control character cannot be seen in a message.
         message = f"must match {error['ctx']['pattern']}"
+    if error["type"] == "model_type":
+        return f"{error['input']!r} is wrong: expected {_form(location)}"
     if error["type"] == "value_error":
         return message.removeprefix("value error, ")
     return f"{error['input']!r} is wrong: {message}"
@@ -105,4 +108,5 @@ def _form(location: Sequence[str]) -> str:
     annotation = section.model_fields[location[-1]].annotation if section else None
     if _is_section(annotation):
         return f"a section with {', '.join(_keys_at(location))}"
-    return getattr(annotation, "__name__", None) or str(annotation)
+    choices = [repr(choice) for choice in get_args(annotation) if isinstance(choice, str)]
+    return " or ".join(choices) or getattr(annotation, "__name__", None) or str(annotation)

@@ -7,5 +7,9 @@ from pathlib import Path
 def write_atomically(path: Path, text: str) -> None:
     """Write beside `path`, then rename over it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from launcher.events import LAUNCHER, Event
@@ -51,7 +51,7 @@ def judge(events: Iterable[Event], world: int) -> Outcome:
     The first failing rank is, in this order: the earliest that raised an error of its own; one that ended
     without a word (killed from outside) while others complained of a lost peer; the earliest complaint.
     """
-    events = last_attempt(events)
+    events = [e for e in last_attempt(events) if e.rank < world]
     done = {e.rank for e in events if e.stage == "done" and e.event == "end"}
     if len(done) == world:
         return Outcome("completed")
@@ -63,10 +63,14 @@ def judge(events: Iterable[Event], world: int) -> Outcome:
         return Outcome("failed", _said(own[0]))
     if "interrupted" in notes:
         return Outcome("failed", Failure(None, _last_stage(events), "Interrupted", "the launcher was told to stop"))
+    if "orphaned" in notes:
+        return Outcome("failed", Failure(None, _last_stage(events), "Orphaned", "the ranks' parent was killed"))
     if "vanished" in notes:
-        return Outcome("failed", _silent(events, notes["vanished"].data["rank"]))
+        return Outcome("failed", _silent(events, notes["vanished"].data.get("rank", 0)))
     if silent and ("ended" in notes or (failed and len(silent) == 1)):
         return Outcome("failed", _silent(events, silent[0]))
+    if failed and all(e.error.get("type") == "Signal" for e in failed):
+        return Outcome("failed", replace(_said(failed[0]), rank=None))
     return Outcome("failed", _said(failed[0])) if failed else Outcome("unfinished")
 
 

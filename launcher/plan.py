@@ -21,6 +21,7 @@ from launcher.topology import RankPlace, rank_places
 from moe_ep.shape import SYNTHETIC_FORMAT as FORMAT
 
 PLAN = "plan.json"
+_RECORD = ("config", "run_id", "checkpoint", "code_root", "git_revision", "command", "topology", "planned_bytes")
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,11 @@ class Plan:
         return scratch.replace("{run_id}", self.run_id) if scratch else None
 
     def save(self) -> None:
-        """Make the run's folder and write plan and request into it."""
-        (self.run_dir / EVENTS).mkdir(parents=True, exist_ok=True)
+        """Make the run's folder and write plan and request into it. Raises `InputError` if it cannot."""
+        try:
+            (self.run_dir / EVENTS).mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"run.folder: {self.config.run.folder}: cannot be written: {error}") from None
         record = {
             "config": self.config.model_dump(mode="json"),
             "run_id": self.run_id,
@@ -119,6 +123,9 @@ def read_plan(run_dir: Path) -> dict[str, Any]:
         raise InputError(f"{run_dir}: not the folder of a run, it has no {PLAN}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{run_dir / PLAN}: {error}") from None
+    missing = [key for key in _RECORD if not isinstance(plan, dict) or key not in plan]
+    if missing or not isinstance(plan["topology"], list):
+        raise InputError(f"{run_dir / PLAN}: damaged: not the record of a plan ({', '.join(missing)} missing)")
     return plan
 
 

@@ -62,8 +62,11 @@ def build(run_dir: Path, state: str | None = None) -> dict[str, Any]:
 def write(run_dir: Path, state: str | None = None) -> dict[str, Any]:
     """Build the report and write report.json and report.md into the run folder. Errors as `build`."""
     report = build(run_dir, state)
-    write_atomically(run_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
-    write_atomically(run_dir / "report.md", markdown(report))
+    try:
+        write_atomically(run_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+        write_atomically(run_dir / "report.md", markdown(report))
+    except OSError as error:  # somebody else's run, or a full disk: it can still be shown
+        report["not_written"] = str(error)
     return report
 
 

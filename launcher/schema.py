@@ -3,34 +3,37 @@
 from dataclasses import MISSING, fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from moe_ep.shape import ModelShape
 
+MOST_TOKENS = 10**7
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # these reach a shell unquoted
+# A line break in a value would end an #SBATCH line, and what follows it would be run.
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Option = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Run(_Section):
     """How the run is called, where its results go, and what seeds its tokens and made weights."""
 
-    name: str = Field(pattern=NAME)
-    seed: int = Field(default=0, ge=0)
-    folder: str = "runs"
+    name: str = Field(pattern=NAME, max_length=100)
+    seed: int = Field(default=0, ge=0, le=10**9)
+    folder: Text = "runs"
 
 
 class Container(_Section):
     """A container per task, by the Slurm plug-in that takes `--environment` on srun (CSCS's EDF)."""
 
-    environment: str = Field(min_length=1)
-    python: str = "python3"
+    environment: Text
+    python: Text = "python3"
 
 
 class Cluster(_Section):
@@ -45,25 +48,25 @@ class Cluster(_Section):
     arch: str = Field(pattern=r"^(cpu|gfx[0-9a-f]+|sm[0-9]+)$")
     devices_per_node: int = Field(ge=0)
     device_memory_gb: float | None = Field(default=None, gt=0)
-    account: str | None = None
-    partition: str | None = None
-    qos: str | None = None
+    account: Text | None = None
+    partition: Text | None = None
+    qos: Text | None = None
     cpus_per_task: int | None = Field(default=None, ge=1)
     mem_mb: int | None = Field(default=None, ge=1)
     time_limit_min: int | None = Field(default=None, ge=1)
-    exclude: list[str] = []
-    sbatch_args: dict[Option, str | int | bool] = {}
-    srun_args: list[str] = []
+    exclude: list[Text] = []
+    sbatch_args: dict[Option, Text | int | bool] = {}
+    srun_args: list[Text] = []
     container: Container | None = None
-    scratch: str | None = None
-    env: dict[Variable, str | int] = {}
+    scratch: Text | None = None
+    env: dict[Variable, Annotated[str, Field(pattern=r"^[^\x00]*$")] | int] = {}
     unset: list[Variable] = []
 
 
 class Synthetic(_Section):
     """A checkpoint that the probe makes where there is none."""
 
-    folder: str
+    folder: Text
 
 
 # The keys of a model file's shape are the fields of ModelShape, whatever they are.
@@ -75,7 +78,7 @@ class Model(_Section):
     """A model: where its checkpoint lies, and its sizes (checked against the checkpoint's own)."""
 
     name: str = Field(pattern=NAME)
-    checkpoint: str | None = None
+    checkpoint: Text | None = None
     synthetic: Synthetic | None = None
     shape: Shape
 
@@ -103,8 +106,8 @@ class Topology(_Section):
     are spread; an EP group lies within a TP group.
     """
 
-    nodes: int = Field(ge=1)
-    ranks_per_node: int = Field(ge=1)
+    nodes: int = Field(ge=1, le=10_000)
+    ranks_per_node: int = Field(ge=1, le=64)
     tp: int = Field(ge=1)
     ep: int = Field(ge=1)
 
@@ -123,17 +126,17 @@ class Backend(_Section):
 class Parity(_Section):
     """The comparison with the dense reference; by default the first hash and the first other layer."""
 
-    tokens: int = Field(default=16, ge=1)
+    tokens: int = Field(default=16, ge=1, le=MOST_TOKENS)
     tolerance: float = Field(default=2e-2, gt=0)
-    layers: list[int] | None = None
+    layers: Annotated[list[int], Field(min_length=1)] | None = None
 
 
 class Throughput(_Section):
     """The sweep: tokens of an EP group per pass, passes before timing, timed passes."""
 
-    batch_sizes: list[NonNegativeInt] = Field(default=[1, 8, 64, 512, 4096], min_length=1)
-    warmup: int = Field(default=3, ge=0)
-    repeats: int = Field(default=20, ge=1)
+    batch_sizes: list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]] = Field(default=[1, 8, 64, 512, 4096], min_length=1)
+    warmup: int = Field(default=3, ge=0, le=10**6)
+    repeats: int = Field(default=20, ge=1, le=10**6)
 
 
 class Job(_Section):
@@ -148,8 +151,8 @@ class Job(_Section):
 class Limits(_Section):
     """time_min: of the job. rank_timeout_s: of one collective, and of waiting for rank 0."""
 
-    time_min: int = Field(ge=1)
-    rank_timeout_s: int = Field(default=600, ge=1)
+    time_min: int = Field(ge=1, le=10**6)
+    rank_timeout_s: int = Field(default=600, ge=1, le=10**6)
 
 
 class Config(_Section):

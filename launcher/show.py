@@ -78,13 +78,16 @@ def summary(result: dict[str, Any], run_dir: Path, out: Console) -> None:
     for section, what, text in report.summary_rows(result):
         if previous and section != previous:
             table.add_section()
-        table.add_row("" if section == previous else section, Text(what), Text(text))
+        table.add_row("" if section == previous else section, Text(what), Text(text, overflow="fold"))
         previous = section
     out.print(table)
     failure = result["failure"]
     if failure and failure["log"]:
         _plain(out, f"log of rank {failure['rank']}: {failure['log']}")
-    _plain(out, f"report: {run_dir / 'report.md'}")
+    if "not_written" in result:
+        _plain(out, f"the report could not be written: {result['not_written']}", style="yellow")
+    else:
+        _plain(out, f"report: {run_dir / 'report.md'}")
 
 
 def statuses(found: Sequence[RunStatus], problems: Sequence[str], out: Console, *, as_json: bool) -> None:

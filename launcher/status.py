@@ -16,7 +16,9 @@ from launcher.runs import Submission, submissions
 
 FINAL = "final.json"
 STAGES = ("start", "env", "selector", "weights", "parity", "memory", "throughput", "done")
-_ENDED = ("completed", "failed", "cancelled", "timeout", "out of memory", "node failed", "preempted")
+# Slurm may requeue a job whose node failed or that was preempted, so these two are not written down as the end.
+_SETTLED = ("completed", "failed", "cancelled", "timeout", "out of memory")
+_ENDED = (*_SETTLED, "node failed", "preempted")
 _FROM_SLURM = {
     "COMPLETED": "completed",
     "FAILED": "failed",
@@ -67,7 +69,7 @@ def statuses(run_dirs: Sequence[Path]) -> tuple[list[RunStatus], tuple[str, ...]
     found = []
     for run in run_dirs:
         status = settled.get(run) or _status(run, open_runs.get(run), answer)
-        if status.ended and run not in settled:
+        if status.state in _SETTLED and run not in settled:
             write_atomically(run / FINAL, json.dumps(asdict(status)) + "\n")
         found.append(status)
     return found, answer.problems
@@ -158,8 +160,13 @@ def progress(events: Sequence[Event], world: int) -> str:
             latest[event.rank] = event
     if not latest:
         return ""
-    last = min(latest.values(), key=lambda e: (STAGES.index(e.stage) if e.stage in STAGES else 0, e.time))
+    last = min(latest.values(), key=_how_far)
     text = last.stage
     if last.event == "progress":
         text += f" {last.data['done']}/{last.data['total']}"
     return text if len(latest) == world else f"{text}, {len(latest)} of {world} ranks"
+
+
+def _how_far(event: Event) -> tuple[int, float]:
+    stage = STAGES.index(event.stage) if event.stage in STAGES else 0
+    return stage, event.data["done"] if event.event == "progress" else float("inf") if event.event == "end" else 0

@@ -21,6 +21,10 @@ from launcher.render import environment, job_folder, python_command, slurm_param
 from launcher.runs import submissions
 
 
+class UnclearSubmissionError(Exception):
+    """A job may or may not be queued; the run's folder is kept."""
+
+
 def submit(plan: Plan) -> "submitit.Job[None]":
     """Start the plan's ranks: as processes here, or by Slurm. The run folder must hold the plan.
 
@@ -67,6 +71,8 @@ def _submit_slurm(plan: Plan) -> "submitit.Job[None]":
         return executor.submit(probe.run, str(plan.run_dir))
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         raise InputError(f"sbatch refused the request: {error}") from None
+    except submitit.core.utils.FailedSubmissionError as error:
+        raise UnclearSubmissionError(f"{plan.run_dir}: sbatch took it, but its answer is unclear: {error}") from None
 
 
 def cancel(run_dir: Path) -> None:
@@ -86,7 +92,7 @@ def cancel(run_dir: Path) -> None:
     if last.host != socket.gethostname():
         raise InputError(f"{run_dir}: runs on {last.host}; cancel it there")
     if Process(int(last.job_id), last.pid_started).alive:
-        os.kill(int(last.job_id), signal.SIGINT)  # submitit's controller ends its ranks on it
+        os.kill(int(last.job_id), signal.SIGTERM)  # submitit's controller hands it on to the ranks
 
 
 @contextmanager

@@ -82,6 +82,8 @@ class Shepherd:
 
         try:
             follow(self._run_dir, self._attempt, self._going_on, noted)
+            if self._job.done() and any(p.alive for p in self._processes.values()):
+                self._write("orphaned")  # submitit's controller is gone, its ranks are not
         except KeyboardInterrupt:
             self._write("interrupted")
             raise
@@ -107,10 +109,11 @@ class Shepherd:
         return not self._job.done() and time.monotonic() < self._stop_at
 
     def _end(self) -> None:
-        """submitit's controller ends its ranks when it is interrupted; what is left after that is killed."""
+        """Ask the ranks to end by submitit's controller, which hands the signal on; kill what is left after that."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave ranks behind
         self._processes |= rank_processes(self._controller, self._processes)
-        if not self._job.done():
-            self._job.cancel()
+        if self._controller and self._controller.alive:
+            os.kill(self._controller.pid, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
         left = [*self._processes.values(), *([self._controller] if self._controller else [])]
         while any(process.alive for process in left) and time.monotonic() < deadline:

@@ -10,11 +10,12 @@ from launcher.errors import InputError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 by PyYAML, less its two surprises."""
+    """YAML 1.1 by PyYAML, but for numbers like 1e-6 and keys that stand twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key_node, _), key in zip(node.value, keys, strict=True):
+        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # what << brings may be there
+        keys = [self.construct_object(key, deep=True) for key in written]
+        for key_node, key in zip(written, keys, strict=True):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
         return super().construct_mapping(node, deep)
@@ -29,7 +30,7 @@ def parse(text: str, *, where: str) -> Any:
     """The value of a YAML text. Raises `InputError` naming `where`, line and column."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # PyYAML lets some of these out
         raise InputError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 

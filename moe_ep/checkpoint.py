@@ -113,16 +113,17 @@ class Checkpoint:
         except ValueError as error:
             raise CheckpointError(str(error)) from None
         weight_map = _read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{path / INDEX}: no weight_map")
-        headers = {info.name: info for file in sorted(set(weight_map.values())) for info in _headers(path / file)}
-        missing = sorted(set(weight_map) - set(headers))
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{path / INDEX}: expected a weight_map from tensor names to file names")
+        headers = {file: {info.name: info for info in _headers(path / file)} for file in set(weight_map.values())}
+        missing = sorted(name for name, file in weight_map.items() if name not in headers[file])
         if missing:
             raise CheckpointError(
                 f"{path / weight_map[missing[0]]}: tensor {missing[0]} of the index is not in the file "
                 f"({len(missing)} missing in all)"
             )
-        return cls(path, shape, headers)
+        # A name may stand in several files: the index says which one counts.
+        return cls(path, shape, {name: headers[file][name] for name, file in weight_map.items()})
 
     def info(self, name: str, expected: TensorSpec) -> TensorInfo:
         """A tensor's header, checked against what the model's sizes say.
@@ -141,7 +142,7 @@ class Checkpoint:
                 f"expected {expected.dtype} {list(expected.shape)}"
             )
         itemsize = _DTYPES[expected.dtype].itemsize
-        if found.offset < 0 or found.nbytes != math.prod(expected.shape) * itemsize:
+        if found.nbytes != math.prod(expected.shape) * itemsize:
             raise CheckpointError(f"{found.file}: the header gives {name} {found.nbytes} bytes, which its shape denies")
         return found
 
@@ -176,7 +177,13 @@ class Checkpoint:
     def read_gate(self, layer: int) -> dict[str, Tensor]:
         """The router: `weight` bf16, and `bias` f32 or, in a hash layer, `tid2eid` int64."""
         specs = gate_specs(self.shape, hash_layer=self.shape.is_hash_layer(layer))
-        return self.read_part(f"{layer_prefix(layer)}.gate", specs)
+        gate = self.read_part(f"{layer_prefix(layer)}.gate", specs)
+        table = gate.get("tid2eid")
+        if table is not None and not 0 <= int(table.min()) <= int(table.max()) < self.shape.experts:
+            raise CheckpointError(
+                f"{self.path}: {layer_prefix(layer)}.gate.tid2eid names experts outside 0..{self.shape.experts - 1}"
+            )
+        return gate
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -184,7 +191,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
@@ -204,9 +211,10 @@ def _headers(file: Path) -> Iterator[TensorInfo]:
             if name == "__metadata__":
                 continue
             start, end = entry["data_offsets"]
-            info = TensorInfo(
-                name, file, TensorSpec(entry["dtype"], tuple(entry["shape"])), 8 + length + start, end - start
-            )
+            spec = TensorSpec(entry["dtype"], tuple(entry["shape"]))
+            info = TensorInfo(name, file, spec, offset=8 + length + start, nbytes=end - start)
+            if start < 0 or end < start:
+                raise ValueError(f"{name} has data_offsets {start}, {end}")
             if info.offset + info.nbytes > total:
                 raise CheckpointError(f"{file}: truncated, {name} ends past the end of the file")
             yield info
@@ -214,5 +222,5 @@ def _headers(file: Path) -> Iterator[TensorInfo]:
         raise
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file, but the index names it") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{file}: not a safetensors file: {type(error).__name__}: {error}") from None

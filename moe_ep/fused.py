@@ -1,5 +1,6 @@
 """`fused_moe_mxfp4`: the experts of one rank as one function."""
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 
@@ -65,6 +66,10 @@ def fused_moe_mxfp4(
         If a shape, dtype or device does not fit; names the argument.
     """
     _check(hidden_states, w13, w13_scale, w2, w2_scale, topk_ids, topk_weights, b13, b2, expert_map)
+    if swiglu_limit is not None and not 0 < swiglu_limit < math.inf:
+        raise ValueError(f"swiglu_limit is {swiglu_limit!r}, expected a finite number above 0, or None")
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise TypeError(f"out_dtype is {out_dtype}, expected a floating-point type")
     if activation_dtype != "bf16":
         raise ValueError(f"activation_dtype is {activation_dtype!r}; implemented: 'bf16'")
     experts: Callable[..., Tensor] = import_module(_IMPLS[_resolve(impl, hidden_states)]).experts
@@ -144,18 +149,24 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device}, hidden_states on {x.device}")
     _check_dtypes(x, (w13, w2), (w13_scale, w2_scale), topk_ids, topk_weights)
     if expert_map is not None:
-        _check_map(expert_map)
+        _check_map(expert_map, local)
 
 
-def _check_map(expert_map: Tensor) -> None:
+def _check_map(expert_map: Tensor, local: int) -> None:
     found = f"expert_map is {expert_map.dtype} {list(expert_map.shape)}"
     wanted = "expected integers [E]: the local row of each global expert, -1 where it is not local"
-    if expert_map.dim() != 1 or expert_map.dtype.is_floating_point or expert_map.dtype == torch.bool:
+    if expert_map.dim() != 1 or expert_map.numel() == 0 or not _is_integer(expert_map):
         raise ValueError(f"{found}, {wanted}")
     if expert_map.device.type == "cpu":  # on a GPU, looking would synchronise
+        if int(expert_map.min()) < NOT_LOCAL or int(expert_map.max()) >= local:
+            raise ValueError(f"{found} and names rows outside -1..{local - 1}; {wanted}")
         rows = expert_map[expert_map != NOT_LOCAL]
         if rows.unique().numel() != rows.numel():
             raise ValueError(f"{found} and names a local row twice, as a 0/1 mask does; {wanted}")
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
 
 
 def _check_dtypes(
@@ -169,7 +180,7 @@ def _check_dtypes(
     for scale in scales:
         if scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
             raise TypeError(f"scales are {scale.dtype}, expected torch.uint8 or torch.float8_e8m0fnu")
-    if topk_ids.dtype.is_floating_point or not topk_weights.dtype.is_floating_point:
+    if not _is_integer(topk_ids) or not topk_weights.dtype.is_floating_point:
         raise TypeError(
             f"topk_ids is {topk_ids.dtype} and topk_weights {topk_weights.dtype}, expected integers and floats"
         )

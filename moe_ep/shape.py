@@ -1,7 +1,8 @@
 """The sizes of a DeepSeek-V4 model, and the bytes that follow from them. Needs no torch."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 MXFP4_BLOCK = 32
@@ -9,6 +10,8 @@ MXFP4_BLOCK = 32
 
 FP8_BLOCK = 128
 """Rows and columns that share one scale in V4's fp8 weights."""
+
+LARGEST, MOST_LAYERS = 10**7, 10**4  # far above any model: what is larger is a slip of the keyboard
 
 SYNTHETIC_FORMAT = 1
 """Raised when `synthetic` writes other bytes for the same sizes and seed."""
@@ -55,6 +58,14 @@ class ModelShape:
     swiglu_limit: float = V4_SWIGLU_LIMIT
 
     def __post_init__(self) -> None:
+        for name in ("routed_scaling", "swiglu_limit"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value!r} must be a finite number above 0")
+        for name in (f.name for f in fields(self) if f.type is int):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
+                raise ValueError(f"{name} = {value!r} must be a whole number from 0 to {LARGEST}")
         for name in ("hidden", "intermediate"):
             if getattr(self, name) < MXFP4_BLOCK or getattr(self, name) % MXFP4_BLOCK:
                 raise ValueError(
@@ -63,9 +74,11 @@ class ModelShape:
         for name in ("layers", "experts", "top_k", "vocab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.layers > MOST_LAYERS:
+            raise ValueError(f"layers = {self.layers} must be at most {MOST_LAYERS}")
         if self.top_k > self.experts:
             raise ValueError(f"top_k = {self.top_k} is more than experts = {self.experts}")
-        if not 0 <= self.hash_layers <= self.layers:
+        if self.hash_layers > self.layers:
             raise ValueError(f"hash_layers = {self.hash_layers} must lie in 0..layers = {self.layers}")
 
     @property

@@ -160,7 +160,7 @@ def processes_of(pid: int) -> list[str]:
     return [line for line in found.stdout.splitlines() if "<defunct>" not in line]  # ended, but not collected
 
 
-LONG = "job.throughput={batch_sizes: [1, 4], warmup: 0, repeats: 40}"
+LONG = "job.throughput={batch_sizes: [1, 4], warmup: 0, repeats: 12}"
 
 
 def test_a_rank_killed_in_the_middle_leaves_a_readable_partial_report(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The lab's configuration files, as text."""
 
-from launcher.lab.spec import LOGIN, LabSpec, user_name
+from launcher.lab.spec import LOGIN, LabSpec
 
 CONTROLLER_PORT, NODE_PORT, DATABASE_PORT = 6817, 6818, 6819
 
@@ -30,7 +30,7 @@ def slurm_conf(spec: LabSpec) -> str:
         f"RealMemory={spec.memory_mb} Gres=gpu:{spec.device_type}:{spec.devices} State=UNKNOWN"
     )
     nodes = [f"NodeName={name} NodeAddr={spec.address(name)} {hardware}" for name in spec.node_names]
-    user, folder = user_name(), spec.folder
+    user, folder = spec.user, spec.folder
     return f"""\
 ClusterName=lab
 SlurmctldHost={LOGIN}({spec.address(LOGIN)})
@@ -87,7 +87,7 @@ AuthInfo=socket={spec.folder}/run/munge.sock
 DbdHost={LOGIN}
 DbdAddr={spec.address(LOGIN)}
 DbdPort={DATABASE_PORT}
-SlurmUser={user_name()}
+SlurmUser={spec.user}
 LogFile={spec.folder}/log/slurmdbd.log
 PidFile={spec.folder}/run/slurmdbd.pid
 StorageType=accounting_storage/mysql

@@ -87,7 +87,7 @@ def inside(spec: LabSpec, command: Sequence[str]) -> list[str]:
     if os.getuid():
         user = ["unshare", "--user", f"--map-user={os.getuid()}", f"--map-group={os.getgid()}", "--"]
         spaces, settings = ["--user", "--preserve-credentials", *spaces], [*user, *settings]
-    return ["nsenter", "-t", str(inner[0]), *spaces, f"--wd={Path.cwd()}", "--", *settings]
+    return ["nsenter", "-t", str(inner[0]), *spaces, "--wd=.", "--", *settings]
 
 
 def is_up(folder: Path) -> bool:

@@ -4,7 +4,7 @@ import json
 import os
 import pwd
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from launcher.errors import InputError
@@ -33,6 +33,11 @@ _FILES = {
 }
 
 
+def user_name() -> str:
+    """Who asks."""
+    return pwd.getpwuid(os.getuid()).pw_name
+
+
 @dataclass(frozen=True)
 class LabSpec:
     """A lab whose nodes look like beverin's. Times are seconds; Slurm's own defaults are far longer."""
@@ -46,8 +51,10 @@ class LabSpec:
     sockets: int = 4
     memory_mb: int = 513700
     account: str = "lab"
+    user: str = field(default_factory=user_name)
+    """Who runs the daemons and the jobs: inside the lab's user namespace an ordinary user looks like root."""
     kill_wait: int = 5
-    node_timeout: int = 10
+    node_timeout: int = 5
     requeue_delay: int = 5
 
     @property
@@ -85,11 +92,6 @@ class LabSpec:
 def default_folder() -> Path:
     """One place a user, short enough for Unix sockets."""
     return Path("/tmp") / f"moe-ep-lab-{user_name()}"
-
-
-def user_name() -> str:
-    """Who runs the lab's daemons and jobs."""
-    return pwd.getpwuid(os.getuid()).pw_name
 
 
 def missing_packages() -> list[str]:

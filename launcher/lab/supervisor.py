@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launcher.lab import conf
-from launcher.lab.spec import LOGIN, LabSpec, user_name
+from launcher.lab.spec import LOGIN, LabSpec
 from launcher.processes import children, die_with_parent, reap
 
 READY = "ready"
@@ -155,7 +155,7 @@ class Supervisor:
         self._wait("munge", (run / "munge.sock").exists, _DAEMON_S)
 
     def _start_accounting(self) -> None:
-        root, user = self.spec.root, user_name()
+        root, user = self.spec.root, self.spec.user
         common = ["--no-defaults", f"--datadir={root}/db/data", f"--user={user}", "--innodb-log-file-size=8M"]
         self._run(
             *("mariadb-install-db", *common, "--auth-root-authentication-method=normal", "--skip-test-db"),

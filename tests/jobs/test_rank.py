@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from jobs import environment, stages
 from jobs.events import EventLog
+from jobs.rank import PORTS, Rank, join, port_block
 from jobs.request import ProbeRequest
 from tests.launcher.plans import fixed_plan
 
@@ -59,6 +62,7 @@ import sys, threading
 import numpy  # as submitit does before the job: its threads must not swallow the signal
 from pathlib import Path
 from jobs.events import EventLog
+from jobs.rank import PORTS, Rank, join, port_block
 from jobs.rank import leave_on_signal
 folder = Path(sys.argv[1])
 log = EventLog(folder, 0)
@@ -86,6 +90,32 @@ def test_a_signal_writes_a_last_event_and_ends_the_rank_at_once(
     assert (last["stage"], last["event"]) == ("throughput", "failed")
     assert last["error"] == {"type": "Signal", "text": word}
     assert (tmp_path / "cleaned").exists()
+
+
+ALONE = Rank(rank=0, world=1, local_rank=0, nodes=1, host="h", job_id=4711, attempt=0)
+
+
+def test_jobs_of_a_day_have_port_blocks_of_their_own_below_the_ephemeral_ones() -> None:
+    blocks = [port_block(job_id) for job_id in range(1000, 1700)]
+    assert len({port for block in blocks for port in block}) == 700 * PORTS
+    assert all(block.start >= 20000 and block.stop <= 32768 for block in map(port_block, range(0, 10**6, 997)))
+
+
+def test_a_port_that_is_taken_costs_a_retry_not_the_job(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", port_block(4711).start))
+        taken.listen()
+        join(ALONE, tmp_path, torch.device("cpu"), timeout_s=30)
+        dist.destroy_process_group()
+    address = json.loads((tmp_path / "rendezvous" / "0.json").read_text())
+    assert address == {"hosts": ["127.0.0.1"], "port": port_block(4711).start + 1}
+
+
+def test_ranks_that_do_not_arrive_are_named(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match=r"ranks 1, 2 of 3 have not arrived; there are 0 on h"):
+        join(replace(ALONE, world=3, job_id=4712), tmp_path, torch.device("cpu"), timeout_s=1)
+    with pytest.raises(TimeoutError, match="rank 0 has not arrived"):
+        join(replace(ALONE, rank=1, world=3, attempt=1), tmp_path, torch.device("cpu"), timeout_s=1)
 
 
 def test_a_rank_describes_where_it_runs(device: torch.device) -> None:

@@ -50,6 +50,8 @@ def test_a_dry_run_is_also_json(tmp_path: Path) -> None:
         (["configs/tiny.yaml", "--set", "topology.ep=3"], "--set topology.ep: 3 does not divide"),
         (["configs/tiny.yaml", "--set", "topolgy.ep=3"], "unknown key; did you mean 'topology'?"),
         (["configs/v4pro-2node.yaml"], "SCRATCH is not set here"),
+        (["configs/tiny.yaml", "--set", "run.folder=$NOPE/runs"], "run.folder: $NOPE/runs: NOPE is not set here"),
+        (["configs/tiny.yaml", "--set", "run.folder=configs/tiny.yaml"], "run.folder: configs/tiny.yaml: cannot be"),
         (
             ["configs/v4pro-2node.yaml", "--set", "model.checkpoint=/nowhere"],
             "model.checkpoint: /nowhere: no file /nowhere/config.json",

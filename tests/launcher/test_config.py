@@ -62,6 +62,18 @@ def test_numbers_may_be_written_without_a_dot() -> None:
     assert (config.job.parity.tolerance, config.model.sizes.routed_scaling) == (1e-6, 2.5)
 
 
+def test_yaml_merges_work_as_everywhere(copied: Path) -> None:
+    text = (copied / "tiny.yaml").read_text().replace("limits: {", "limits: {<<: {time_min: 3, rank_timeout_s: 7}, ")
+    (copied / "tiny.yaml").write_text(text)
+    assert load(copied / "tiny.yaml").limits.time_min == 10, "what is written wins over what is merged"
+
+
+def test_a_path_to_a_cluster_is_meant_from_the_runs_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text((CONFIGS / "clusters/local.yaml").read_text().replace("local", "mine", 1))
+    (tmp_path / "run.yaml").write_text(TINY.read_text().replace("cluster: local", "cluster: mine.yaml"))
+    assert load(tmp_path / "run.yaml", [f"model={CONFIGS}/models/tiny.yaml"]).cluster.scheduler == "local"
+
+
 def test_variables_in_paths_come_from_the_environment() -> None:
     config = load(CONFIGS / "v4pro-2node.yaml", environ={"SCRATCH": "/scratch/me"})
     assert config.model.checkpoint == "/scratch/me/models/DeepSeek-V4-Pro"
@@ -91,7 +103,7 @@ def test_variables_in_paths_come_from_the_environment() -> None:
         ("job.layers=[0, 9]", r"job\.layers: \[0, 9\] is not 'all' or a rising list from 0\.\.3"),
         ("job.parity.layers=[7]", r"job\.parity\.layers: \[7\] are not all among the loaded layers"),
         ("job.throughput.batch_sizes=[-1]", r"batch_sizes\.0: -1 is wrong"),
-        ("cluster=bevern", r"cluster: 'bevern' is not the name of a file .*did you mean 'beverin'\?"),
+        ("cluster=bevern", r"--set cluster: 'bevern' is not the name of a file .*did you mean 'beverin'\?"),
         ("model=3", r"model: 3 is not the name of a file"),
         ("topology", r"--set topology: expected key=value"),
         ("int=3", r"--set int: unknown key \(there are: backend, cluster"),
@@ -99,6 +111,20 @@ def test_variables_in_paths_come_from_the_environment() -> None:
         ("cluster.env={'A B;touch x': 1}", r"cluster\.env\.A B;touch x: 'A B;touch x' is wrong: must match"),
         ("cluster.unset=['A B']", r"cluster\.unset\.0: 'A B' is wrong: must match"),
         ("cluster.sbatch_args={'x y': 1}", r"cluster\.sbatch_args\.x y: 'x y' is wrong: must match"),
+        ('cluster.partition="p\\nrm -rf x"', r"cluster\.partition: .* is wrong: must match"),
+        ('run.folder="a\\0b"', r"run\.folder: .* is wrong: must match"),
+        ("run.folder=", r"run\.folder: None is wrong"),
+        ("run.seed=99999999999999999999", r"run\.seed: .* less than or equal to"),
+        ("run.seed=0x_", r"--set run\.seed=0x_: not YAML"),
+        ("model.shape.routed_scaling=.nan", r"routed_scaling: nan is wrong: .* finite"),
+        ("model.shape.shared_experts=-1", r"shared_experts = -1 must be a whole number from 0"),
+        ("model.shape.layers=1000000000", r"layers = 1000000000 must be"),
+        ("job.parity.tolerance=.inf", r"job\.parity\.tolerance: inf is wrong: .* finite"),
+        ("job.parity.layers=[]", r"job\.parity\.layers: \[\] is wrong: .*at least 1 item"),
+        ("topology.ranks_per_node=1000000", r"ranks_per_node: 1000000 is wrong: .*less than or equal to 64"),
+        ("topology=3", r"--set topology: 3 is wrong: expected a section with nodes, ranks_per_node, tp, ep"),
+        ("cluster=" + "x" * 5000, r"--set cluster: 'x+' is not the name of a file"),
+        ("cluster.scheduler=pbs", r"cluster\.scheduler: 'pbs' is wrong: input should be 'local' or 'slurm'"),
         ("topology.ep.x=1", r"--set topology\.ep\.x: topology\.ep is a value, it has no keys"),
         ("topology.ep=[", r"--set topology\.ep=\[: not YAML"),
     ],

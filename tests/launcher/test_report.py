@@ -201,6 +201,40 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         report.build(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "null", "not JSON", '{"topology": 4}'])
+def test_a_damaged_plan_is_named(plan: Plan, text: str) -> None:
+    (plan.run_dir / "plan.json").write_text(text)
+    with pytest.raises(InputError, match=r"plan\.json"):
+        report.build(plan.run_dir)
+
+
+def test_event_lines_that_are_none_do_no_harm(plan: Plan) -> None:
+    go(plan, 0, until="weights")
+    good: dict[str, object] = {"time": 1.0, "rank": 1, "stage": "env", "event": "begin", "data": {}}
+    wrong: list[dict[str, object]] = [
+        {"time": None},
+        {"stage": []},
+        {"attempt": "1"},
+        {"data": None},
+        {"data": []},
+        {"more": 1},
+        {"rank": "1"},
+    ]
+    with (plan.run_dir / "events" / "odd.jsonl").open("w") as f:
+        f.writelines(json.dumps(good | change) + "\n" for change in wrong)
+        f.write(json.dumps(good | {"rank": 99, "event": "failed"}) + "\n")
+    (plan.run_dir / "events" / "folder.jsonl").mkdir()
+    result = report.write(plan.run_dir)
+    assert result["run"]["state"] == "unfinished", "rank 99 is none of this run's"
+
+
+def test_a_report_that_cannot_be_written_can_still_be_seen(plan: Plan) -> None:
+    (plan.run_dir / "report.json").mkdir()
+    result = report.write(plan.run_dir)
+    assert "report.json" in result["not_written"]
+    assert not list(plan.run_dir.glob(".report*"))
+
+
 def test_the_tail_hands_out_each_line_once_and_waits_for_whole_ones(plan: Plan) -> None:
     tail = Tail(plan.run_dir)
     assert tail.new() == []

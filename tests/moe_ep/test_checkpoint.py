@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from threading import Barrier, Thread
 
 import pytest
 import torch
@@ -137,6 +138,60 @@ def test_a_missing_tensor_is_named_with_its_file(path: Path) -> None:
         Checkpoint.open(path)
 
 
+def test_a_tensor_that_stands_in_two_shards_is_read_from_the_one_that_the_index_names(path: Path) -> None:
+    right = Checkpoint.open(path).read_gate(1)["weight"]
+    other = "model-00003-of-00004.safetensors"
+    tensors = load_file(path / other)
+    save_file(tensors | {"layers.1.ffn.gate.weight": torch.zeros_like(right)}, path / other)
+    assert torch.equal(Checkpoint.open(path).read_gate(1)["weight"], right)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b'{"x": null}',
+        b'{"x": {"dtype": "I8", "shape": [1]}}',
+        b'{"x": {"dtype": "I8", "shape": null, "data_offsets": [0, 1]}}',
+        b'{"x": {"dtype": "I8", "shape": [1], "data_offsets": [4, 1]}}',
+        b'{"x": {"dtype": "I8", "shape": [1], "data_offsets": ["a", "b"]}}',
+        b"{",
+    ],
+)
+def test_a_damaged_header_is_named_by_its_file(path: Path, header: bytes) -> None:
+    (path / SHARD).write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+    with pytest.raises(CheckpointError, match=rf"{SHARD}: not a safetensors file"):
+        Checkpoint.open(path)
+
+
+def test_a_hash_table_that_names_experts_which_do_not_exist_is_refused(path: Path) -> None:
+    rewrite(path, "model-00001-of-00004.safetensors", **{"layers.0.ffn.gate.tid2eid": torch.full((16, 2), 5)})
+    with pytest.raises(CheckpointError, match=r"layers\.0\.ffn\.gate\.tid2eid names experts outside 0\.\.4"):
+        Checkpoint.open(path).read_gate(0)
+
+
+def test_two_writers_of_one_checkpoint_leave_one_that_is_whole(path: Path, tmp_path: Path) -> None:
+    both = Barrier(2)
+    kept: list[bool] = []
+
+    def write() -> None:
+        both.wait()
+        try:
+            write_checkpoint(tmp_path / "shared", SHAPE, seed=7)
+            kept.append(True)
+        except FileExistsError:
+            kept.append(False)
+
+    writers = [Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert True in kept
+    assert Checkpoint.open(tmp_path / "shared").shape == SHAPE
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "shared"}, "no unfinished copy is left"
+
+
 def test_fp8_experts_of_a_base_checkpoint_are_refused_by_dtype(path: Path) -> None:
     rewrite(path, SHARD, **{W1: torch.zeros(32, 64, dtype=torch.float8_e4m3fn)})
     with pytest.raises(CheckpointError, match=rf"{W1} is F8_E4M3 \[32, 64\], expected I8 \[32, 32\]"):
@@ -165,7 +220,7 @@ def test_a_missing_and_a_truncated_shard_are_named(path: Path) -> None:
         ({"hidden_size": 65}, "hidden = 65 must be a positive multiple of 32"),
         ({"n_routed_experts": None}, "missing n_routed_experts"),
         ({"scoring_func": "softmax"}, "not implemented: scoring_func = 'softmax'"),
-        ({"hidden_size": "64"}, "'<' not supported"),
+        ({"hidden_size": "64"}, "hidden = '64' must be a whole number"),
     ],
     ids=["another model", "base experts", "odd size", "missing key", "another router", "a string"],
 )

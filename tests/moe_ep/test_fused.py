@@ -187,9 +187,16 @@ def test_a_mask_in_place_of_a_map_is_refused(impl: str, device: torch.device) ->
     experts = make_experts(4, 64, 32, device)
     batch = make_tokens(3, 64, 4, 2, device)
     # The map may stay on the CPU, where a 0/1 mask of integers can be told too.
-    for mask in (torch.tensor([False, False, True, True]), torch.tensor([0, 0, 1, 1])):
+    masks = [[False, False, True, True], [0, 0, 1, 1], [0, 1, 2, 99], [0, -5, 1, 2], []]
+    for mask in (torch.tensor(values) for values in masks):
         with pytest.raises(ValueError, match=r"expert_map is .* -1 where it is not local"):
             partial(experts, batch, impl, expert_map=mask)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_limit_that_is_none_is_refused(impl: str, limit: float, device: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"swiglu_limit is .* expected a finite number above 0, or None"):
+        partial(make_experts(4, 64, 32, device), make_tokens(3, 64, 4, 2, device), impl, limit=limit)
 
 
 @pytest.mark.parametrize(

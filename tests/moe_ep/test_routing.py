@@ -55,5 +55,16 @@ def test_a_hash_layer_without_token_ids_says_so() -> None:
         route(torch.zeros(1, 2), GATE, 2, 1.0, tid2eid=torch.zeros(3, 2, dtype=torch.int64))
 
 
+def test_a_padding_token_of_a_hash_layer_goes_nowhere() -> None:
+    table = torch.tensor([[0, 1], [3, 2]])
+    topk = route(torch.randn(2, 2), GATE, 2, 1.0, tid2eid=table, token_ids=torch.tensor([-1, 1]))
+    assert topk.topk_ids.tolist() == [[-1, -1], [3, 2]]
+
+
+def test_scores_that_are_all_zero_in_float32_weigh_nothing() -> None:
+    topk = route(torch.tensor([[-400.0, -400.0]]), torch.ones(4, 2), 2, 2.5)
+    assert topk.topk_weights.tolist() == [[0.0, 0.0]]
+
+
 def test_no_tokens_route_nowhere() -> None:
     assert route(torch.zeros(0, 2), GATE, 2, 1.0).topk_ids.shape == (0, 2)

@@ -1,0 +1,203 @@
+"""What is said of a run, from its folder and from what Slurm answers."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from jobs.events import EventLog
+from launcher import slurm
+from launcher.errors import InputError
+from launcher.plan import Plan
+from launcher.runs import all_runs, find_run, record_submission
+from launcher.slurm import Answer, JobState
+from launcher.status import RunStatus, statuses
+from tests.launcher.plans import fixed_plan
+
+GLOO = "Connection closed by peer"
+
+
+class Slurm:
+    """What squeue and sacct would say, and how often they were asked."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, JobState] = {}
+        self.problems: tuple[str, ...] = ()
+        self.asked: list[list[str]] = []
+
+    def query(self, job_ids: Sequence[str]) -> Answer:
+        self.asked.append(list(job_ids))
+        return Answer({j: self.jobs[j] for j in job_ids if j in self.jobs}, self.problems)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    cluster = Slurm()
+    monkeypatch.setattr(slurm, "query", cluster.query)
+    return cluster
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return saved(tmp_path, "v4flash-1node")
+
+
+def saved(folder: Path, name: str, job_id: str = "7") -> Plan:
+    plan = fixed_plan(name, [f"run.folder={folder}/runs"])
+    plan.save()
+    record_submission(plan.run_dir, 0, "slurm", job_id)
+    return plan
+
+
+def status(plan: Plan) -> RunStatus:
+    (found,), _ = statuses([plan.run_dir])
+    return found
+
+
+def finish(plan: Plan) -> None:
+    for rank in range(4):
+        with EventLog(plan.run_dir, rank).stage("done"):
+            pass
+
+
+def test_a_pending_job_has_slurms_reason(plan: Plan, cluster: Slurm) -> None:
+    cluster.jobs["7"] = JobState("7", "PENDING", "Resources", "0:00", "1:00:00")
+    found = status(plan)
+    assert (found.state, found.reason, found.limit) == ("pending", "Resources", "1:00:00")
+
+
+def test_a_running_job_shows_the_rank_that_is_furthest_behind(plan: Plan, cluster: Slurm) -> None:
+    cluster.jobs["7"] = JobState("7", "RUNNING", "", "3:01", "1:00:00")
+    for rank, done in enumerate((5, 3, 4, 5)):
+        log = EventLog(plan.run_dir, rank)
+        log._stage = "weights"
+        log.write("progress", done=done, total=43)
+    found = status(plan)
+    assert (found.state, found.progress, found.elapsed) == ("running", "weights 3/43", "3:01")
+
+
+def test_a_job_in_neither_squeue_nor_sacct_is_unknown_not_ended(plan: Plan, cluster: Slurm) -> None:
+    cluster.problems = ("squeue: Unable to contact slurm controller",)
+    found, problems = statuses([plan.run_dir])
+    assert found[0].state == "unknown"
+    assert not found[0].ended
+    assert problems == cluster.problems
+    assert not (plan.run_dir / "final.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("slurms", "ours"),
+    [
+        ("CANCELLED", "cancelled"),
+        ("TIMEOUT", "timeout"),
+        ("OUT_OF_MEMORY", "out of memory"),
+        ("NODE_FAIL", "node failed"),
+        ("FAILED", "failed"),
+        ("COMPLETED", "failed"),  # the batch script ended well, but not all ranks are done
+        ("SOMETHING_NEW", "failed"),
+    ],
+)
+def test_an_end_in_accounting_is_an_end(plan: Plan, cluster: Slurm, slurms: str, ours: str) -> None:
+    cluster.jobs["7"] = JobState("7", slurms)
+    assert (status(plan).state, status(plan).ended) == (ours, True)
+
+
+def test_all_ranks_done_is_completed_whatever_accounting_lags_behind(plan: Plan, cluster: Slurm) -> None:
+    finish(plan)
+    assert status(plan).state == "completed"
+
+
+def test_the_batch_scripts_last_line_is_a_witness_of_the_end(plan: Plan, cluster: Slurm) -> None:
+    log = EventLog(plan.run_dir, 2)
+    log.write("failed", error={"type": "OSError", "text": "disk gone", "traceback": ""})
+    line = {"time": time.time(), "rank": -1, "stage": "batch", "event": "ended", "attempt": 0, "data": {"exit": 1}}
+    (plan.run_dir / "events" / "batch.jsonl").write_text(json.dumps(line) + "\n")
+    found = status(plan)
+    assert (found.state, found.reason, found.first_failing_rank) == ("failed", "OSError: disk gone", 2)
+
+
+def test_an_end_is_kept_since_accounting_forgets_but_a_resume_opens_it_again(plan: Plan, cluster: Slurm) -> None:
+    cluster.jobs["7"] = JobState("7", "CANCELLED", "by 1000")
+    assert status(plan).state == "cancelled"
+    cluster.jobs.clear()
+    assert (status(plan).state, status(plan).reason) == ("cancelled", "by 1000")
+    record_submission(plan.run_dir, 1, "slurm", "8")
+    cluster.jobs["8"] = JobState("8", "PENDING", "Priority")
+    assert (status(plan).state, status(plan).job_id) == ("pending", "8")
+
+
+def test_a_node_failure_is_not_kept_since_the_job_may_be_requeued(plan: Plan, cluster: Slurm) -> None:
+    cluster.jobs["7"] = JobState("7", "NODE_FAIL")
+    assert status(plan).state == "node failed"
+    cluster.jobs["7"] = JobState("7", "PENDING", "BeginTime")
+    assert status(plan).state == "pending"
+
+
+def test_slurm_is_asked_once_for_all_runs_and_not_about_those_whose_end_is_known(
+    tmp_path: Path, cluster: Slurm
+) -> None:
+    plans = [saved(tmp_path, name, str(i)) for i, name in enumerate(("v4flash-1node", "v4pro-2node", "v4pro-4node"))]
+    finish(plans[0])
+    runs = [plan.run_dir for plan in plans]
+    statuses(runs)
+    statuses(runs)
+    assert cluster.asked == [["0", "1", "2"], ["1", "2"]]
+
+
+def test_a_run_is_found_by_folder_id_or_name(tmp_path: Path) -> None:
+    plan = saved(tmp_path, "v4flash-1node")
+    folder = tmp_path / "runs"
+    for text in (str(plan.run_dir), plan.run_id, "v4flash-1node"):
+        assert find_run(text, folder) == plan.run_dir
+    assert all_runs(folder) == [plan.run_dir]
+    with pytest.raises(InputError, match=r"v4flash: no such run: .* \(v4flash-1node\)"):
+        find_run("v4flash", folder)
+    with pytest.raises(InputError, match="which holds no runs"):
+        find_run("x", tmp_path / "nothing")
+
+
+def test_a_local_run_is_running_while_its_controller_lives_and_not_by_a_reused_number(tmp_path: Path) -> None:
+    plan = fixed_plan("tiny", [f"run.folder={tmp_path}/runs"])
+    plan.save()
+    mine = record_submission(plan.run_dir, 0, "local", str(os.getpid()))
+    assert status(plan).state == "running"
+    reused = mine.__class__(**{**vars(mine), "pid_started": mine.pid_started - 1})
+    (plan.run_dir / "submissions.json").write_text(json.dumps([vars(reused)]))
+    assert (status(plan).state, status(plan).reason) == ("failed", "its processes are gone")
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for stand-ins of squeue and sacct, which is all of PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def stand_in(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_squeue_knows_what_goes_on_and_sacct_the_rest(commands: Path) -> None:
+    stand_in(commands, "squeue", "echo '5|RUNNING|None|1:00|2:00|nid[1-2]'; echo '6|PENDING|QOSMaxJobs|0:00|2:00|'")
+    stand_in(commands, "sacct", "echo '7|CANCELLED by 1000|None|0:09|2:00|nid1|0:15'")
+    answer = slurm.query(["5", "6", "7", "8"])
+    assert answer.problems == ()
+    assert {j: s.state for j, s in answer.jobs.items()} == {"5": "RUNNING", "6": "PENDING", "7": "CANCELLED"}
+    assert (answer.jobs["6"].reason, answer.jobs["5"].nodes) == ("QOSMaxJobs", "nid[1-2]")
+    assert (answer.jobs["7"].reason, answer.jobs["7"].exit_code) == ("by 1000", "0:15")
+
+
+def test_commands_that_fail_or_are_not_there_are_problems_not_states(commands: Path) -> None:
+    stand_in(commands, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    answer = slurm.query(["5"])
+    assert answer.jobs == {}
+    assert answer.problems == (
+        "squeue: slurm_load_jobs error: Unable to contact slurm controller",
+        "sacct: not found on this machine",
+    )

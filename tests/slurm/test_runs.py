@@ -1,0 +1,186 @@
+"""Runs on a real Slurm: what is submitted runs, and what is said about it is true."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.lab import control
+from launcher.slurm import ACTIVE
+from tests.slurm.conftest import CONFIG, ROOT, Lab
+
+LONG = "job.throughput={batch_sizes: [1, 2, 4], warmup: 0, repeats: 8}"
+
+
+def run_of(cwd: Path, name: str = "lab-2node") -> Path:
+    (folder,) = (cwd / "runs" / name).iterdir()
+    return folder
+
+
+def status(lab: Lab, cwd: Path, *args: str) -> list[dict[str, Any]]:
+    done = lab.launcher("status", *args, "--json", cwd=cwd)
+    found: list[dict[str, Any]] = json.loads(done.stdout)["runs"]
+    return found
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def measuring(lab: Lab, cwd: Path, name: str) -> bool:
+    (found,) = status(lab, cwd, name)
+    assert found["state"] in ("pending", "running"), found
+    return str(found["progress"]).startswith("throughput 1/")
+
+
+def accounted(lab: Lab, job_id: str) -> str:
+    return lab.ask("sacct", "-n", "-P", "-X", "-o", "State", "-j", job_id)
+
+
+def test_a_run_over_two_nodes_ends_with_a_report(lab: Lab, tmp_path: Path) -> None:
+    done = lab.launcher("submit", str(CONFIG), "--wait", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = run_of(tmp_path)
+    report = json.loads((run / "report.json").read_text())
+    assert report["run"]["state"] == "completed"
+    assert [rank["host"] for rank in report["ranks"]] == ["nid001001"] * 2 + ["nid001002"] * 2
+    assert report["ranks"][3]["environment"]["env"].get("ROCR_VISIBLE_DEVICES") is None, "unset for the ranks"
+    assert report["selector"]["by_rank"] == {str(r): "triton_kernel" for r in range(4)}
+    job_id = json.loads((run / "submissions.json").read_text())[0]["job_id"]
+    wait_for(lambda: accounted(lab, job_id) == "COMPLETED")
+    # The batch script bears witness of the end, and has tidied up.
+    (line,) = (run / "events" / "batch.jsonl").read_text().splitlines()
+    assert json.loads(line)["data"] == {"exit": 0, "job_id": job_id}
+    assert not list(Path("/tmp").glob(f"moe-ep-{run.name}*"))
+    # What sbatch got is what the dry run shows for this run.
+    submitted = (run / "submitit" / f"{job_id}_submission.sh").read_text()
+    assert "--kill-on-bad-exit=1" in submitted
+    # Another shell, without Slurm: the folder is the truth.
+    env = {"PATH": "/usr/bin:/bin", "SLURM_CONF": "/nonexistent"}
+    said = subprocess.run(
+        [sys.executable, "-m", "launcher", "status", str(run), "--json"],
+        env=env | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(said.stdout)["runs"][0]["state"] == "completed"
+
+
+def test_a_job_is_watched_cancelled_and_resumed(lab: Lab, tmp_path: Path) -> None:
+    first = lab.launcher("submit", str(CONFIG), "--set", LONG, "--set", "run.name=first", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "is queued on lab" in first.stdout
+    both = ["--set", "run.name=second", "--set", "cluster.mem_mb=500000"]  # no room beside the first
+    assert lab.launcher("submit", str(CONFIG), *both, cwd=tmp_path).returncode == 0
+    wait_for(lambda: measuring(lab, tmp_path, "first"))
+    found = {line["name"]: line for line in status(lab, tmp_path)}
+    assert found["first"]["state"] == "running"
+    assert (found["first"]["limit"], found["first"]["first_failing_rank"]) == ("10:00", None)
+    assert found["second"]["state"] == "pending"
+    assert found["second"]["reason"] in ("Resources", "Priority")
+    log = lab.launcher("logs", "first", "--rank", "3", cwd=tmp_path)
+    assert "Starting with JobEnvironment" in log.stdout
+    assert lab.launcher("logs", "second", cwd=tmp_path).returncode == 2, "it has none yet"
+
+    assert lab.launcher("cancel", "second", cwd=tmp_path).returncode == 0
+    assert lab.launcher("cancel", "first", cwd=tmp_path).returncode == 0
+    wait_for(lambda: {line["state"] for line in status(lab, tmp_path)} == {"cancelled"})
+    again = lab.launcher("cancel", "first", cwd=tmp_path)
+    assert (again.returncode, "has ended already: cancelled" in again.stderr) == (2, True)
+    partial = lab.launcher("report", "first", "--json", cwd=tmp_path)
+    assert partial.returncode == 1
+    report = json.loads(partial.stdout)
+    assert (report["run"]["state"], report["parity"] is not None) == ("cancelled", True)
+    kept = report["throughput"][0]
+
+    run = run_of(tmp_path, "first")
+    request = json.loads((run / "request.json").read_text())
+    (run / "request.json").write_text(json.dumps(request | {"repeats": 1}))  # the rest of the sweep may be short
+    resumed = lab.launcher("resume", "first", "--wait", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    report = json.loads((run / "report.json").read_text())
+    assert (report["run"]["state"], report["run"]["attempt"]) == ("completed", 1)
+    assert report["throughput"][0] == kept, "what was measured before is kept"
+    assert [line["repeats"] for line in report["throughput"]] == [8, 1, 1]
+    refused = lab.launcher("resume", "first", cwd=tmp_path)
+    assert (refused.returncode, "only a run that broke off is resumed" in refused.stderr) == (2, True)
+
+
+def test_a_rank_that_fails_ends_the_step_and_is_named(lab: Lab, tmp_path: Path) -> None:
+    # All four ranks in a step on one of the two nodes: the probe must not take that for two.
+    one = "cluster.srun_args=[--cpu-bind=none, --kill-on-bad-exit=1, --wait=60, --nodes=1, --ntasks=4, --overcommit]"
+    done = lab.launcher("submit", str(CONFIG), "--set", one, "--wait", cwd=tmp_path)
+    assert done.returncode == 1
+    report = json.loads((run_of(tmp_path) / "report.json").read_text())
+    assert report["failure"]["stage"] == "env"
+    assert "4 ranks run on 1 hosts" in report["failure"]["error"]
+    (found,) = status(lab, tmp_path)
+    assert found["state"] == "failed"
+    assert found["first_failing_rank"] is not None
+
+
+def test_a_dead_node_requeues_the_job_which_goes_on_when_there_are_nodes_again(lab: Lab, tmp_path: Path) -> None:
+    assert lab.launcher("submit", str(CONFIG), "--set", LONG, cwd=tmp_path).returncode == 0
+    wait_for(lambda: measuring(lab, tmp_path, "lab-2node"))
+    run = run_of(tmp_path)
+    request = json.loads((run / "request.json").read_text())
+    (run / "request.json").write_text(json.dumps(request | {"repeats": 1}))
+    control.node(lab.spec.root, "kill", "nid001002")
+    try:
+        wait_for(lambda: status(lab, tmp_path)[0]["state"] == "pending")
+    finally:
+        control.node(lab.spec.root, "start", "nid001002")
+    wait_for(lambda: status(lab, tmp_path)[0]["state"] == "completed")
+    assert lab.launcher("report", "lab-2node", cwd=tmp_path).returncode == 0
+    report = json.loads((run / "report.json").read_text())
+    assert report["run"]["attempt"] == 1
+    assert [line["repeats"] for line in report["throughput"]] == [8, 1, 1], "measured before the node died, and after"
+
+
+def test_what_slurm_refuses_is_said_and_nothing_is_left(lab: Lab, tmp_path: Path) -> None:
+    done = lab.launcher(
+        "submit", str(CONFIG), "--set", "topology={nodes: 3, ranks_per_node: 2, tp: 6, ep: 6}", cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "sbatch refused the request" in done.stderr
+    assert not list((tmp_path / "runs").glob("*/*"))
+
+
+def test_a_following_launcher_that_is_told_to_stop_leaves_the_job_alone(lab: Lab, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher", "submit", str(CONFIG), "--follow", "--set", LONG]
+    follower = subprocess.Popen(
+        control.inside(lab.spec, command),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(lambda: bool(list(tmp_path.glob("runs/*/*/events/rank-00000.jsonl"))))
+    os.killpg(follower.pid, signal.SIGINT)
+    _, err = follower.communicate(timeout=30)
+    assert "the job goes on" in err
+    (found,) = status(lab, tmp_path)
+    assert found["state"] == "running"
+    job_id = found["job_id"]
+    assert lab.launcher("cancel", "lab-2node", cwd=tmp_path).returncode == 0
+    wait_for(lambda: accounted(lab, job_id).split()[0] not in ACTIVE)
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume", "report"])
+def test_a_run_that_does_not_exist_is_an_input_error(lab: Lab, tmp_path: Path, command: str) -> None:
+    done = lab.launcher(command, "nonesuch", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nonesuch: no such run" in done.stderr
