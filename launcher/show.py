@@ -71,6 +71,14 @@ def queued(plan: Plan, job_id: str, out: Console, *, as_json: bool) -> None:
         _plain(out, f"{command}: python -m launcher {command} {plan.run_dir}")
 
 
+def cancelled(status: RunStatus, out: Console, *, as_json: bool) -> None:
+    """A run that has been told to end."""
+    if as_json:
+        out.print_json(json.dumps({"run_dir": status.run_dir, "job_id": status.job_id}))
+        return
+    _plain(out, f"{status.name} {status.run_id}: told to end")
+
+
 def summary(result: dict[str, Any], run_dir: Path, out: Console) -> None:
     """The report as one table, and where it lies."""
     table = Table(title=report.headline(result), title_justify="left", title_style="bold", show_header=False)

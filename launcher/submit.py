@@ -14,15 +14,11 @@ import submitit
 
 from jobs import probe
 from launcher import slurm
-from launcher.errors import InputError
+from launcher.errors import InputError, UnclearSubmissionError
 from launcher.plan import Plan
 from launcher.processes import Process
 from launcher.render import environment, job_folder, python_command, slurm_parameters
 from launcher.runs import submissions
-
-
-class UnclearSubmissionError(Exception):
-    """A job may or may not be queued; the run's folder is kept."""
 
 
 def submit(plan: Plan) -> "submitit.Job[None]":

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.lab import control
-from launcher.lab.spec import LabSpec, default_folder
+from launcher.lab.spec import FAULTS, LabSpec, default_folder
 
 lab_app = typer.Typer(no_args_is_help=True, help="A real Slurm cluster on this machine, to try the launcher.")
 
@@ -20,6 +19,8 @@ Nodes = Annotated[int, typer.Option("--nodes", help="Number of nodes, each with 
 @lab_app.command("up")
 def up(folder: Dir = FOLDER, nodes: Nodes = 2) -> None:
     """Bring a lab up and leave it running."""
+    from launcher.lab import control
+
     control.up(LabSpec(str(folder.absolute()), nodes=nodes))
     print(f"{nodes} nodes are up; run commands with: launcher lab run --dir {folder} -- sinfo")
 
@@ -27,6 +28,8 @@ def up(folder: Dir = FOLDER, nodes: Nodes = 2) -> None:
 @lab_app.command("down")
 def down(folder: Dir = FOLDER, keep: Annotated[bool, typer.Option("--keep", help="Keep the folder.")] = False) -> None:
     """End a lab and remove its folder."""
+    from launcher.lab import control
+
     control.down(folder.absolute(), keep=keep)
 
 
@@ -37,6 +40,8 @@ def run(
     nodes: Nodes = 2,
 ) -> None:
     """Run a command in the lab; where none is up, bring one up for as long as the command takes."""
+    from launcher.lab import control
+
     folder = folder.absolute()
     if control.is_up(folder):
         sys.exit(control.run(folder, command))
@@ -51,15 +56,19 @@ def run(
 @lab_app.command("status")
 def status(folder: Dir = FOLDER) -> None:
     """Which daemons run."""
+    from launcher.lab import control
+
     daemons = control.status(folder.absolute())
     print("\n".join(f"{name}: {'up' if running else 'down'}" for name, running in daemons.items()) or "down")
 
 
 @lab_app.command("node")
 def node(
-    fault: Annotated[str, typer.Argument(help=" | ".join(control.FAULTS))],
+    fault: Annotated[str, typer.Argument(help=" | ".join(FAULTS))],
     name: Annotated[str, typer.Argument(help="The node, e.g. nid001001.")],
     folder: Dir = FOLDER,
 ) -> None:
     """Do something to a node: kill, stop, start, cut or mend."""
+    from launcher.lab import control
+
     print(control.node(folder.absolute(), fault, name))

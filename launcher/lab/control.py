@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import InputError
-from launcher.lab.spec import LabSpec, check
+from launcher.lab.spec import FAULTS, LabSpec, check
 from launcher.lab.supervisor import READY
 from launcher.processes import Process, children, die_with_parent
 
-FAULTS = ("kill", "stop", "start", "cut", "mend")
 _UP_S, _DOWN_S = 180.0, 30.0
 
 

@@ -12,6 +12,7 @@ from launcher.files import write_atomically
 
 SUBNET = "10.77.0"  # exists in the lab's own network namespaces only, so every lab may have it
 LOGIN = "login"
+FAULTS = ("kill", "stop", "start", "cut", "mend")
 SOCKET_PATH_LIMIT = 107  # bytes of sockaddr_un
 
 _PACKAGES = {
@@ -27,9 +28,9 @@ _PACKAGES = {
     "nsenter": "util-linux",
     "gcc": "gcc",
 }
-_FILES = {
-    "/usr/include/slurm/spank.h": "libslurm-dev",
-    "/usr/lib/x86_64-linux-gnu/slurm-wlm/accounting_storage_mysql.so": "slurm-wlm-mysql-plugin",
+_FILES = {  # below /usr
+    "include/slurm/spank.h": "libslurm-dev",
+    "lib/*/slurm-wlm/accounting_storage_mysql.so": "slurm-wlm-mysql-plugin",
 }
 
 
@@ -98,7 +99,7 @@ def missing_packages() -> list[str]:
     """Debian packages that a lab needs and this machine lacks."""
     path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
     commands = {package for command, package in _PACKAGES.items() if not shutil.which(command, path=path)}
-    return sorted(commands | {package for file, package in _FILES.items() if not Path(file).exists()})
+    return sorted(commands | {package for file, package in _FILES.items() if not any(Path("/usr").glob(file))})
 
 
 def check(spec: LabSpec) -> None:

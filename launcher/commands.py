@@ -1,0 +1,133 @@
+"""What the commands do. Imported when one of them runs: `launcher --help` must not pay for it."""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launcher import config as configuration
+from launcher import events, logs, report, runs, show, submit, watch
+from launcher import plan as planning
+from launcher.errors import InputError
+from launcher.status import statuses
+
+WELL, FAILED = 0, 1
+
+out = Console()
+err = Console(stderr=True)
+
+
+def start(config: Path, overrides: Sequence[str], *, dry_run: bool, wait: bool, follow: bool, as_json: bool) -> int:
+    """`launcher submit`. Returns the exit code, as all of these do."""
+    plan = planning.make_plan(
+        configuration.load(config, overrides), planning.new_run_id(datetime.now(UTC)), ["launcher", *sys.argv[1:]]
+    )
+    problems = planning.problems_on_site(plan)
+    if dry_run:
+        show.dry_run(plan, problems, out, as_json=as_json)
+        return WELL
+    if problems:
+        raise InputError("\n".join(f"{config}: {problem}" for problem in problems))
+    try:
+        plan.save()
+        job = submit.submit(plan)
+    except InputError:
+        shutil.rmtree(plan.run_dir, ignore_errors=True)  # nothing was started, so there is nothing to keep
+        raise
+    return _started(plan, job, wait=wait, follow=follow, as_json=as_json)
+
+
+def resume(run: str, folder: Path, *, wait: bool, follow: bool, as_json: bool) -> int:
+    """`launcher resume`."""
+    run_dir = runs.find_run(run, folder)
+    (status,), problems = statuses([run_dir])
+    if not status.ended or status.state == "completed":
+        why = "; ".join((status.reason, *problems)) if status.state == "unknown" else ""
+        raise InputError(f"{run_dir}: {status.state}{f' ({why})' if why else ''}: only a run that broke off is resumed")
+    attempts = [event.attempt for event in events.read_events(run_dir)]
+    attempts += [submission.attempt for submission in runs.submissions(run_dir)]
+    plan = planning.Plan.load(run_dir, attempt=max(attempts) + 1)
+    return _started(plan, submit.submit(plan), wait=wait, follow=follow, as_json=as_json)
+
+
+def status(run: str | None, folder: Path, *, as_json: bool) -> int:
+    """`launcher status`."""
+    found, problems = statuses([runs.find_run(run, folder)] if run else runs.all_runs(folder))
+    show.statuses(found, problems, out, as_json=as_json)
+    return FAILED if run and found[0].ended and found[0].state != "completed" else WELL
+
+
+def print_logs(run: str, folder: Path, rank: int | None, *, follow: bool) -> int:
+    """`launcher logs`."""
+    run_dir = runs.find_run(run, folder)
+    (status,), _ = statuses([run_dir])
+    if not status.job_id:
+        raise InputError(f"{run_dir}: was never submitted, there are no logs")
+    ranks = len(planning.read_plan(run_dir)["topology"])
+    chosen = rank if rank is not None else status.first_failing_rank or 0
+    if not 0 <= chosen < ranks:
+        raise InputError(f"--rank {rank}: the run has ranks 0 to {ranks - 1}")
+    going_on = watch.until_ended(run_dir) if follow else lambda: False
+    for text in logs.follow(logs.log_files(run_dir, chosen, status.job_id), going_on):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    return WELL
+
+
+def cancel(run: str, folder: Path, *, as_json: bool) -> int:
+    """`launcher cancel`."""
+    run_dir = runs.find_run(run, folder)
+    (status,), _ = statuses([run_dir])
+    if status.ended:
+        raise InputError(f"{run_dir}: has ended already: {status.state}")
+    submit.cancel(run_dir)
+    show.cancelled(status, out, as_json=as_json)
+    return WELL
+
+
+def make_report(run: str, folder: Path, *, as_json: bool) -> int:
+    """`launcher report`."""
+    return _finish(runs.find_run(run, folder), as_json=as_json)
+
+
+def _started(plan: planning.Plan, job: Any, *, wait: bool, follow: bool, as_json: bool) -> int:
+    scheduler = plan.config.cluster.scheduler
+    runs.record_submission(plan.run_dir, plan.attempt, scheduler, job.job_id)
+    if scheduler == "slurm" and not (wait or follow):
+        show.queued(plan, job.job_id, out, as_json=as_json)
+        return WELL
+    progress = show.Progress(plan.config.topology.ranks, err, quiet=wait and not follow)
+    try:
+        with progress:
+            if scheduler == "local":
+                watch.Shepherd(job, plan.run_dir, plan.attempt, plan.config.topology.ranks).follow(progress.update)
+            else:
+                going_on = watch.until_ended(plan.run_dir, progress.status)
+                watch.follow(plan.run_dir, plan.attempt, going_on, progress.update)
+    except KeyboardInterrupt:
+        if scheduler == "slurm":
+            err.print(f"no longer following; the job goes on: launcher status {plan.run_dir}", soft_wrap=True)
+            return FAILED
+        err.print("interrupted: the ranks were ended; the report holds what was done", soft_wrap=True)
+    finally:
+        # Whatever went wrong with showing it, what was measured is not lost.
+        report.write(plan.run_dir)
+    return _finish(plan.run_dir, as_json=as_json)
+
+
+def _finish(run_dir: Path, *, as_json: bool) -> int:
+    """Write and show the report. Exit code 1 unless the run is completed, or may yet be."""
+    (status,), problems = statuses([run_dir])
+    result = report.write(run_dir, status.state)
+    if as_json:
+        out.print_json(json.dumps(result))
+    else:
+        show.summary(result, run_dir, out)
+        for problem in problems:
+            err.print(problem, markup=False, highlight=False, soft_wrap=True)
+    return WELL if status.state in ("completed", "pending", "running") else FAILED
