@@ -17,8 +17,8 @@ import pytest
 from launcher.config import load
 from launcher.plan import make_plan
 from moe_ep.synthetic import write_checkpoint
+from tests.checkout import ROOT, importable
 
-ROOT = Path(__file__).parents[1]
 TINY = ROOT / "configs" / "tiny.yaml"
 
 
@@ -31,7 +31,7 @@ def run(cwd: Path, *args: str) -> "subprocess.CompletedProcess[str]":
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return os.environ | importable() | {"COLUMNS": "200"}
 
 
 def only_run(cwd: Path) -> Path:
@@ -229,7 +229,7 @@ def test_a_rank_that_dies_before_its_first_line_ends_the_run_within_seconds(tmp_
     broken = "import os\nif os.environ.get('SUBMITIT_LOCAL_GLOBALID') == '2': os._exit(9)\n"
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(broken)
-    env = environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path / 'site'}"}
+    env = environment() | importable(tmp_path / "site")
     started = time.monotonic()
     done = subprocess.run(command(), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1

@@ -20,7 +20,6 @@ from jobs.rank import PORTS, Rank, join, port_block
 from jobs.request import ProbeRequest
 from tests.launcher.plans import fixed_plan
 
-ROOT = Path(__file__).parents[2]
 REQUEST = fixed_plan("tiny").request()
 
 
@@ -64,6 +63,7 @@ from pathlib import Path
 from jobs.events import EventLog
 from jobs.rank import PORTS, Rank, join, port_block
 from jobs.rank import leave_on_signal
+from tests.checkout import ROOT
 folder = Path(sys.argv[1])
 log = EventLog(folder, 0)
 leave_on_signal(log, (folder / "cleaned").touch)

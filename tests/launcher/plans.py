@@ -6,8 +6,8 @@ from pathlib import Path
 
 from launcher.config import load
 from launcher.plan import Plan, make_plan
+from tests.checkout import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 ENVIRON = {"SCRATCH": "/scratch/user"}
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.checkout import ROOT, importable
 
 
 def launcher(*args: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"} | environment
+    env = os.environ | importable() | {"COLUMNS": "100"} | environment
     return subprocess.run(
         [sys.executable, "-m", "launcher", *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
     )

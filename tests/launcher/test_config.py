@@ -11,8 +11,8 @@ from launcher.config import layer_numbers, load, parity_layers
 from launcher.errors import InputError
 from launcher.schema import Shape
 from moe_ep.shape import ModelShape
+from tests.checkout import CONFIGS
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = CONFIGS / "tiny.yaml"
 
 

@@ -13,7 +13,8 @@ from launcher import show
 from launcher.plan import Plan
 from launcher.render import job_folder, python_command, sbatch_script, slurm_parameters
 from launcher.submit import submit
-from tests.launcher.plans import CONFIGS, fixed_plan
+from tests.checkout import CONFIGS
+from tests.launcher.plans import fixed_plan
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -12,8 +12,8 @@ import pytest
 
 from launcher.lab import control
 from launcher.lab.spec import LabSpec, missing_packages
+from tests.checkout import ROOT, importable
 
-ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "lab-2node.yaml"
 
 
@@ -34,7 +34,7 @@ class Lab:
 
     def run(self, *command: str, cwd: Path, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
         """A command on the login host."""
-        env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        env = os.environ | importable() | {"COLUMNS": "200"}
         env.pop("TRITON_INTERPRET", None)  # the cluster file says what the ranks need
         inside = control.inside(self.spec, command)
         return subprocess.run(inside, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)

@@ -13,7 +13,8 @@ import pytest
 from launcher.errors import InputError
 from launcher.lab import control
 from launcher.lab.spec import LabSpec, missing_packages
-from tests.slurm.conftest import ROOT, Lab
+from tests.checkout import ROOT
+from tests.slurm.conftest import Lab
 
 FIRST, SECOND = "nid001001", "nid001002"
 

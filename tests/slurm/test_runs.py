@@ -14,7 +14,8 @@ import pytest
 
 from launcher.lab import control
 from launcher.slurm import ACTIVE
-from tests.slurm.conftest import CONFIG, ROOT, Lab
+from tests.checkout import importable
+from tests.slurm.conftest import CONFIG, Lab
 
 LONG = "job.throughput={batch_sizes: [1, 2, 4], warmup: 0, repeats: 8}"
 
@@ -69,7 +70,7 @@ def test_a_run_over_two_nodes_ends_with_a_report(lab: Lab, tmp_path: Path) -> No
     env = {"PATH": "/usr/bin:/bin", "SLURM_CONF": "/nonexistent"}
     said = subprocess.run(
         [sys.executable, "-m", "launcher", "status", str(run), "--json"],
-        env=env | {"PYTHONPATH": str(ROOT)},
+        env=env | importable(),
         capture_output=True,
         text=True,
         check=True,
@@ -162,7 +163,7 @@ def test_a_following_launcher_that_is_told_to_stop_leaves_the_job_alone(lab: Lab
     follower = subprocess.Popen(
         control.inside(lab.spec, command),
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | importable(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
