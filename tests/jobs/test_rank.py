@@ -18,6 +18,7 @@ from jobs import environment, stages
 from jobs.events import EventLog
 from jobs.rank import PORTS, Rank, join, port_block
 from jobs.request import ProbeRequest
+from tests.checkout import ROOT
 from tests.launcher.plans import fixed_plan
 
 REQUEST = fixed_plan("tiny").request()
@@ -63,7 +64,6 @@ from pathlib import Path
 from jobs.events import EventLog
 from jobs.rank import PORTS, Rank, join, port_block
 from jobs.rank import leave_on_signal
-from tests.checkout import ROOT
 folder = Path(sys.argv[1])
 log = EventLog(folder, 0)
 leave_on_signal(log, (folder / "cleaned").touch)
