@@ -28,6 +28,8 @@ def run(run_dir: str) -> None:
 
     leave_on_signal(log, clean_up)
     try:
+        if request.scratch:
+            Path(request.scratch).mkdir(parents=True, exist_ok=True)
         _probe(request, folder, rank, log)
     finally:
         clean_up()

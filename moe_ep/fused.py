@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_ep.placement import NOT_LOCAL
 from moe_ep.shape import MXFP4_BLOCK
+from moe_ep.weights import ExpertWeights
 
 _IMPLS = {
     "triton_kernel": "moe_ep.backends.triton_kernel",
@@ -72,19 +73,22 @@ def fused_moe_mxfp4(
         raise TypeError(f"out_dtype is {out_dtype}, expected a floating-point type")
     if activation_dtype != "bf16":
         raise ValueError(f"activation_dtype is {activation_dtype!r}; implemented: 'bf16'")
+    weights = ExpertWeights(
+        w13.contiguous(),
+        w13_scale.view(torch.uint8).contiguous(),
+        w2.contiguous(),
+        w2_scale.view(torch.uint8).contiguous(),
+        None if b13 is None else b13.float().contiguous(),
+        None if b2 is None else b2.float().contiguous(),
+    )
     experts: Callable[..., Tensor] = import_module(_IMPLS[_resolve(impl, hidden_states)]).experts
     out = experts(
-        hidden_states,
-        w13,
-        w13_scale.view(torch.uint8),
-        w2,
-        w2_scale.view(torch.uint8),
-        localise(topk_ids, expert_map, w13.shape[0]),
-        w13.shape[0] if expert_map is None else expert_map.numel(),
-        topk_weights,
-        b13,
-        b2,
+        hidden_states.contiguous(),
+        weights,
+        localise(topk_ids, expert_map, weights.count),
+        topk_weights.float().contiguous(),
         swiglu_limit,
+        num_experts=weights.count if expert_map is None else expert_map.numel(),
     )
     return out.to(out_dtype or hidden_states.dtype)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from moe_ep.activation import swiglu
 from moe_ep.backends.base import Mxfp4Backend
 from moe_ep.mxfp4 import dequantise
+from moe_ep.weights import ExpertWeights
 
 
 def expert(x: Tensor, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | None, limit: float | None) -> Tensor:
@@ -17,34 +18,33 @@ def expert(x: Tensor, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | 
 
 
 def experts(
-    hidden_states: Tensor,
-    w13: Tensor,
-    w13_scale: Tensor,
-    w2: Tensor,
-    w2_scale: Tensor,
+    x: Tensor,
+    weights: ExpertWeights,
     local_ids: Tensor,
-    num_experts: int,
     topk_weights: Tensor,
-    b13: Tensor | None,
-    b2: Tensor | None,
     swiglu_limit: float | None,
+    *,
+    num_experts: int,
 ) -> Tensor:
-    """Partial f32 [M, H] of the local experts; arguments as `fused_moe_mxfp4`, local_ids −1 where not local."""
-    x = hidden_states.float()
-    out = torch.zeros_like(x)
-    for e in range(w13.shape[0]):
+    """Partial f32 [M, H] of the local experts for x bf16 [M, H]; local_ids int32 [M, k], −1 where not local.
+
+    `num_experts`, of the whole model, is for implementations that tile by it.
+    """
+    hidden = x.float()
+    out = torch.zeros_like(hidden)
+    for e in range(weights.count):
         token, slot = (local_ids == e).nonzero(as_tuple=True)
         if token.numel() == 0:
             continue
         y = expert(
-            x[token],
-            dequantise(w13[e], w13_scale[e]),
-            dequantise(w2[e], w2_scale[e]),
-            None if b13 is None else b13[e].float(),
-            None if b2 is None else b2[e].float(),
+            hidden[token],
+            dequantise(weights.w13[e], weights.w13_scale[e]),
+            dequantise(weights.w2[e], weights.w2_scale[e]),
+            None if weights.b13 is None else weights.b13[e],
+            None if weights.b2 is None else weights.b2[e],
             swiglu_limit,
         )
-        out.index_add_(0, token, y * topk_weights[token, slot].float().unsqueeze(-1))
+        out.index_add_(0, token, y * topk_weights[token, slot].unsqueeze(-1))
     return out
 
 

@@ -9,6 +9,7 @@ from moe_ep.dispatch import plan_routes
 from moe_ep.kernels.down import combine_kernel, down_kernel
 from moe_ep.kernels.gate_up import gate_up_kernel
 from moe_ep.kernels.launch import choose, interpreted
+from moe_ep.weights import ExpertWeights
 
 _COMBINE_BLOCK = 1024
 
@@ -25,39 +26,32 @@ def runs_on(device: torch.device) -> bool:
 
 
 def experts(
-    hidden_states: Tensor,
-    w13: Tensor,
-    w13_scale: Tensor,
-    w2: Tensor,
-    w2_scale: Tensor,
+    x: Tensor,
+    weights: ExpertWeights,
     local_ids: Tensor,
-    num_experts: int,
     topk_weights: Tensor,
-    b13: Tensor | None,
-    b2: Tensor | None,
     swiglu_limit: float | None,
+    *,
+    num_experts: int,
 ) -> Tensor:
-    """Partial f32 [M, H] of the local experts; arguments as `fused_moe_mxfp4`, local_ids −1 where not local."""
-    tokens, hidden = hidden_states.shape
-    local_experts, inner = w13.shape[0], w13.shape[1] // 2
-    top_k = local_ids.shape[1]
+    """As `reference.experts`. Raises `ValueError` where the kernels do not run on x's device."""
+    tokens, hidden = x.shape
+    top_k, inner = local_ids.shape[1], weights.inner
     routes = tokens * top_k
-    if routes == 0 or local_experts == 0:
-        return hidden_states.new_zeros(tokens, hidden, dtype=torch.float32)
-    if not runs_on(hidden_states.device):
+    if routes == 0 or weights.count == 0:
+        return x.new_zeros(tokens, hidden, dtype=torch.float32)
+    if not runs_on(x.device):
         raise ValueError(
-            f"impl 'triton_kernel' does not run on {hidden_states.device} here: set TRITON_INTERPRET=1 before "
+            f"impl 'triton_kernel' does not run on {x.device} here: set TRITON_INTERPRET=1 before "
             "moe_ep's kernels are imported (Triton's interpreter), or use impl 'reference'"
         )
 
     tile = choose(routes, num_experts)
-    plan = plan_routes(local_ids, local_experts, tile.block_m)
+    plan = plan_routes(local_ids, weights.count, tile.block_m)
     blocks = (plan.route, plan.block_expert, plan.block_start, plan.block_end)
-    x, w13, w13_scale, w2, w2_scale, local_ids = (
-        t.contiguous() for t in (hidden_states, w13, w13_scale, w2, w2_scale, local_ids)
-    )
-    weights = topk_weights.float().contiguous()
     options = {
+        "HIDDEN": hidden,
+        "INTER": inner,
         "INTERPRETED": interpreted(),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
@@ -68,31 +62,24 @@ def experts(
 
     h = x.new_empty(routes, inner)
     gate_up_kernel[(plan.block_expert.numel() * -(-inner // tile.block_n),)](
-        *(x, w13, w13_scale, x if b13 is None else b13.float().contiguous(), h),
+        *(x, weights.w13, weights.w13_scale, x if weights.b13 is None else weights.b13, h),
         *blocks,
         0.0 if swiglu_limit is None else float(swiglu_limit),
         TOP_K=top_k,
-        HIDDEN=hidden,
-        INTER=inner,
-        HAS_BIAS=b13 is not None,
+        HAS_BIAS=weights.b13 is not None,
         HAS_LIMIT=swiglu_limit is not None,
         **options,
     )
     y = x.new_empty(routes, hidden, dtype=torch.float32)
     down_kernel[(plan.block_expert.numel() * -(-hidden // tile.block_n),)](
-        *(h, w2, w2_scale, x if b2 is None else b2.float().contiguous(), weights, y),
+        *(h, weights.w2, weights.w2_scale, x if weights.b2 is None else weights.b2, topk_weights, y),
         *blocks,
-        HIDDEN=hidden,
-        INTER=inner,
-        HAS_BIAS=b2 is not None,
+        HAS_BIAS=weights.b2 is not None,
         **options,
     )
     out = x.new_empty(tokens, hidden, dtype=torch.float32)
     combine_kernel[(tokens * -(-hidden // _COMBINE_BLOCK),)](
-        *(y, local_ids, out),
-        HIDDEN=hidden,
-        TOP_K=top_k,
-        BLOCK_H=_COMBINE_BLOCK,
+        *(y, local_ids, out), HIDDEN=hidden, TOP_K=top_k, BLOCK_H=_COMBINE_BLOCK
     )
     return out
 

@@ -89,6 +89,8 @@ def test_a_job_is_watched_cancelled_and_resumed(lab: Lab, tmp_path: Path) -> Non
     assert found["first"]["state"] == "running"
     assert (found["first"]["limit"], found["first"]["first_failing_rank"]) == ("10:00", None)
     assert found["second"]["state"] == "pending"
+    scratch = Path("/tmp") / f"moe-ep-{run_of(tmp_path, 'first').name}"
+    assert scratch.is_dir()
     assert found["second"]["reason"] in ("Resources", "Priority")
     log = lab.launcher("logs", "first", "--rank", "3", cwd=tmp_path)
     assert "Starting with JobEnvironment" in log.stdout
@@ -97,6 +99,7 @@ def test_a_job_is_watched_cancelled_and_resumed(lab: Lab, tmp_path: Path) -> Non
     assert lab.launcher("cancel", "second", cwd=tmp_path).returncode == 0
     assert lab.launcher("cancel", "first", cwd=tmp_path).returncode == 0
     wait_for(lambda: {line["state"] for line in status(lab, tmp_path)} == {"cancelled"})
+    assert not scratch.exists(), "the ranks tidied up on their way out"
     again = lab.launcher("cancel", "first", cwd=tmp_path)
     assert (again.returncode, "has ended already: cancelled" in again.stderr) == (2, True)
     partial = lab.launcher("report", "first", "--json", cwd=tmp_path)
