@@ -22,6 +22,7 @@ _PREFIXES = (
     "OMP_NUM",
     "GLOO_",
     "SLURM_JOB_ID",
+    "LAB_",
 )
 
 

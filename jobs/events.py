@@ -33,7 +33,10 @@ class EventLog:
         self.attempt = attempt
         self._stage = "start"
         self._lock = threading.Lock()
-        self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":  # an earlier attempt was killed as it wrote
+            os.write(self._file, b"\n")
 
     def write(self, event: str, *, error: dict[str, str] | None = None, **data: Any) -> None:
         """Append one event with the current stage and the time (Unix seconds).

@@ -19,7 +19,7 @@ def run(run_dir: str) -> None:
     rank = Rank.current()
     rank.export()
     log = EventLog(folder, rank.rank, rank.attempt)
-    log.write("started", pid=os.getpid(), host=rank.host, local_rank=rank.local_rank, world=rank.world)
+    log.write("started", pid=os.getpid(), host=rank.host, job_id=rank.job_id, world=rank.world)
     request = ProbeRequest.load(folder)
 
     def clean_up() -> None:
@@ -95,14 +95,20 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
 
 
 def _check_hosts(request: ProbeRequest, rank: Rank) -> list[str]:
-    """The hosts of all ranks, by rank; that many nodes must have been started, not one node that many times."""
+    """The hosts of all ranks, by rank, which must lie as planned: each node a block of consecutive ranks.
+
+    A step that silently ran on fewer nodes, or that dealt the ranks out one by one, is an error.
+    """
     import torch.distributed as dist
 
     hosts: list[str] = [""] * rank.world
     dist.all_gather_object(hosts, rank.host)
-    if rank.world != request.world or len(set(hosts)) != request.nodes:
+    size = request.ranks_per_node
+    blocks = [set(hosts[first : first + size]) for first in range(0, rank.world, size)]
+    as_planned = rank.world == request.world and all(len(block) == 1 for block in blocks)
+    if not as_planned or len(set.union(*blocks)) != request.nodes:
         raise RuntimeError(
-            f"{rank.world} ranks run on {len(set(hosts))} hosts ({', '.join(sorted(set(hosts)))}), "
-            f"expected {request.world} ranks on {request.nodes}"
+            f"{rank.world} ranks run on {len(set(hosts))} hosts ({', '.join(hosts)}), "
+            f"expected {request.world} ranks on {request.nodes}, {size} in a row on each"
         )
     return hosts

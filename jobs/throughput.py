@@ -4,6 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,11 @@ def measured_before(run_dir: Path, attempt: int) -> dict[int, dict[str, Any]]:
     """What an earlier attempt of the run measured, by batch size; the same on every rank, which all must call it."""
     found: list[dict[int, dict[str, Any]]] = [{}]
     if dist.get_rank() == 0:
-        lines = (json.loads(line) for line in event_file(run_dir, 0).read_text().splitlines())
-        found[0] = {
-            line["data"]["latest"]["batch_size"]: line["data"]["latest"]
-            for line in lines
-            if line["attempt"] < attempt and line["stage"] == "throughput" and line["event"] == "progress"
-        }
+        for text in event_file(run_dir, 0).read_text().splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # a line that a crash left broken, or another event
+                line = json.loads(text)
+                if line["attempt"] < attempt and line["stage"] == "throughput":
+                    found[0][line["data"]["latest"]["batch_size"]] = line["data"]["latest"]
     dist.broadcast_object_list(found)
     return found[0]
 

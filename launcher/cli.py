@@ -73,7 +73,7 @@ def logs(
     folder: Runs = RUNS,
     follow: Annotated[bool, typer.Option("--follow", help="Go on as it is written, until the run ends.")] = False,
 ) -> None:
-    """Print the log of a rank of a run's last attempt."""
+    """Print the log of a rank of the last job that was submitted for a run (a requeued job goes on in the same log)."""
     from launcher import commands
 
     sys.exit(commands.print_logs(run, folder, rank, follow=follow))

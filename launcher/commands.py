@@ -35,7 +35,7 @@ def start(config: Path, overrides: Sequence[str], *, dry_run: bool, wait: bool, 
         raise InputError("\n".join(f"{config}: {problem}" for problem in problems))
     try:
         plan.save()
-        job = submit.submit(plan)
+        job = _submit(plan)
     except InputError:
         shutil.rmtree(plan.run_dir, ignore_errors=True)  # nothing was started, so there is nothing to keep
         raise
@@ -46,13 +46,15 @@ def resume(run: str, folder: Path, *, wait: bool, follow: bool, as_json: bool) -
     """`launcher resume`."""
     run_dir = runs.find_run(run, folder)
     (status,), problems = statuses([run_dir])
-    if not status.ended or status.state == "completed":
-        why = "; ".join((status.reason, *problems)) if status.state == "unknown" else ""
-        raise InputError(f"{run_dir}: {status.state}{f' ({why})' if why else ''}: only a run that broke off is resumed")
+    # Of a job that Slurm, when it answers, does not know, nothing runs any more.
+    gone = status.state == "unknown" and not problems and status.job_id
+    if status.state == "completed" or not (status.ended or gone):
+        why = f" ({status.reason})" if status.state == "unknown" else ""
+        raise InputError(f"{run_dir}: {status.state}{why}: only a run that broke off is resumed")
     attempts = [event.attempt for event in events.read_events(run_dir)]
     attempts += [submission.attempt for submission in runs.submissions(run_dir)]
     plan = planning.Plan.load(run_dir, attempt=max(attempts) + 1)
-    return _started(plan, submit.submit(plan), wait=wait, follow=follow, as_json=as_json)
+    return _started(plan, _submit(plan), wait=wait, follow=follow, as_json=as_json)
 
 
 def status(run: str | None, folder: Path, *, as_json: bool) -> int:
@@ -95,9 +97,17 @@ def make_report(run: str, folder: Path, *, as_json: bool) -> int:
     return _finish(runs.find_run(run, folder), as_json=as_json)
 
 
+def _submit(plan: planning.Plan) -> Any:
+    """Submit, and write down before and after that it was: an answer that is lost must not lose the job."""
+    scheduler = plan.config.cluster.scheduler
+    runs.record_submission(plan.run_dir, plan.attempt, scheduler, "", plan.git_revision)
+    job = submit.submit(plan)
+    runs.record_submission(plan.run_dir, plan.attempt, scheduler, job.job_id, plan.git_revision)
+    return job
+
+
 def _started(plan: planning.Plan, job: Any, *, wait: bool, follow: bool, as_json: bool) -> int:
     scheduler = plan.config.cluster.scheduler
-    runs.record_submission(plan.run_dir, plan.attempt, scheduler, job.job_id)
     if scheduler == "slurm" and not (wait or follow):
         show.queued(plan, job.job_id, out, as_json=as_json)
         return WELL
@@ -107,7 +117,7 @@ def _started(plan: planning.Plan, job: Any, *, wait: bool, follow: bool, as_json
             if scheduler == "local":
                 watch.Shepherd(job, plan.run_dir, plan.attempt, plan.config.topology.ranks).follow(progress.update)
             else:
-                going_on = watch.until_ended(plan.run_dir, progress.status)
+                going_on = watch.until_ended(plan.run_dir, progress.status, progress.problem)
                 watch.follow(plan.run_dir, plan.attempt, going_on, progress.update)
     except KeyboardInterrupt:
         if scheduler == "slurm":

@@ -102,14 +102,14 @@ class Plan:
     def load(cls, run_dir: Path, *, attempt: int) -> "Plan":
         """The plan of a run, to be submitted once more."""
         record = read_plan(run_dir)
-        root = record["code_root"]
+        root = Path(record["code_root"]) if record["code_root"] else None
         return cls(
             config=Config.model_validate(record["config"]),
             run_id=record["run_id"],
             run_dir=run_dir.absolute(),
             checkpoint=record["checkpoint"],
-            code_root=Path(root) if root else None,
-            git_revision=record["git_revision"],
+            code_root=root,
+            git_revision=_revision(root),  # the ranks import the checkout as it is now
             command=tuple(record["command"]),
             attempt=attempt,
         )

@@ -94,7 +94,9 @@ def topology_rows(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def _exports(plan: Plan) -> list[str]:
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment(plan).items()]
+    # The shell outlives a signal to the job, waits for the ranks and gets to its last lines.
+    lines = ["trap : TERM"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in environment(plan).items()]
     if plan.code_root is not None:  # before what is there, not instead of it
         lines.append(f"export PYTHONPATH={shlex.quote(str(plan.code_root))}${{PYTHONPATH:+:$PYTHONPATH}}")
     return lines
@@ -122,6 +124,7 @@ def _srun_args(plan: Plan) -> list[str]:
     args = list(cluster.srun_args)
     if cluster.cpus_per_task:
         args.append(f"--cpus-per-task={cluster.cpus_per_task}")  # srun does not inherit it since Slurm 22.05
+    args.append("--distribution=block")  # rank r on node r // ranks_per_node, as the topology says
     if cluster.container:
         args.append(f"--environment={cluster.container.environment}")
     return args

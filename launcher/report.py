@@ -12,6 +12,7 @@ from launcher.events import Event, read_events
 from launcher.files import write_atomically
 from launcher.outcome import Outcome, judge, last_attempt
 from launcher.plan import read_plan
+from launcher.runs import submissions
 from launcher.units import size
 
 SCHEMA = "moe-ep/probe-report"
@@ -48,6 +49,7 @@ def build(run_dir: Path, state: str | None = None) -> dict[str, Any]:
             "git_revision": plan["git_revision"],
             "checkpoint": plan["checkpoint"],
         },
+        "submissions": [asdict(s) for s in submissions(run_dir)],
         "failure": _failure(run_dir, outcome, plan, events),
         "selector": _selector(stages),
         "parity": next(iter(_results(stages, "parity", "layers").values()), None),
@@ -166,7 +168,11 @@ def markdown(report: dict[str, Any]) -> str:
     lines += _markdown_table(heads, [_rank_row(r) for r in report["ranks"]])
     lines += ["## To repeat it", "", "```", shlex.join(run["command"]), "```", ""]
     lines += [
-        f"- git revision {run['git_revision']}, seed {run['seed']}, checkpoint `{run['checkpoint']}`",
+        *(
+            f"- attempt {s['attempt']}: job {s['job_id']}, git revision {s['git_revision']}"
+            for s in report["submissions"]
+        ),
+        f"- planned at git revision {run['git_revision']}, seed {run['seed']}, checkpoint `{run['checkpoint']}`",
         f"- started {run['started']}, last event {run['last_event']}",
         *(f"- {name} {version}" for name, version in _versions(report).items()),
         "- the configuration as resolved stands in report.json under `config`",

@@ -4,10 +4,11 @@ import json
 import os
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launcher.errors import InputError
+from launcher.events import read_events
 from launcher.files import write_atomically
 from launcher.plan import PLAN
 from launcher.processes import Process
@@ -24,17 +25,36 @@ class Submission:
     job_id: str
     host: str
     time: float
+    git_revision: str | None = None
+    """Of the code that the ranks of this attempt import."""
     pid_started: int = 0
     """When the local controller started, so that its number is not mistaken for another process's."""
 
 
-def record_submission(run_dir: Path, attempt: int, scheduler: str, job_id: str) -> Submission:
-    """Add one to the run's folder."""
-    process = Process.of(int(job_id)) if scheduler == "local" else None
-    new = Submission(attempt, scheduler, job_id, socket.gethostname(), time.time(), process.started if process else 0)
-    known = [*submissions(run_dir), new]
+def record_submission(
+    run_dir: Path, attempt: int, scheduler: str, job_id: str, git_revision: str | None = None
+) -> Submission:
+    """Write one into the run's folder, in the place of what was known of the same attempt.
+
+    To be called before the scheduler is, with job_id "", so that a job of which the answer was lost is not
+    taken for none; and again with its id.
+    """
+    process = Process.of(int(job_id)) if scheduler == "local" and job_id else None
+    started = process.started if process else 0
+    new = Submission(attempt, scheduler, job_id, socket.gethostname(), time.time(), git_revision, started)
+    known = [*(s for s in submissions(run_dir) if s.attempt != attempt), new]
     write_atomically(run_dir / SUBMISSIONS, json.dumps([asdict(s) for s in known], indent=2) + "\n")
     return new
+
+
+def last_submission(run_dir: Path) -> Submission | None:
+    """The last time that a run was submitted; its job's id from the ranks where the scheduler's answer was lost."""
+    known = submissions(run_dir)
+    if not known or known[-1].job_id:
+        return known[-1] if known else None
+    last = known[-1]
+    said = [e.data.get("job_id") for e in read_events(run_dir) if e.event == "started" and e.attempt >= last.attempt]
+    return replace(last, job_id=str(said[-1])) if said and said[-1] is not None else last
 
 
 def submissions(run_dir: Path) -> list[Submission]:
@@ -70,13 +90,7 @@ def find_run(text: str, folder: Path) -> Path:
 
 def all_runs(folder: Path) -> list[Path]:
     """Every run below a folder of runs, oldest first."""
-    found = [
-        Path(plan.path).parent.absolute()
-        for name in _folders(folder)
-        for run in _folders(name)
-        for plan in os.scandir(run)
-        if plan.name == PLAN
-    ]
+    found = [Path(run).absolute() for name in _folders(folder) for run in _folders(name) if Path(run, PLAN).is_file()]
     return sorted(found, key=lambda run: run.name)
 
 

@@ -120,7 +120,7 @@ class Progress:
 
     def __init__(self, ranks: int, console: Console, *, quiet: bool = False) -> None:
         self._console = Console(quiet=True) if quiet else console
-        self._state = ""
+        self._state = self._problem = ""
         self._lines = ["waiting"] * ranks
         self._live = (
             Live(console=console, transient=True, auto_refresh=False) if console.is_terminal and not quiet else None
@@ -141,6 +141,12 @@ class Progress:
         if text != self._state:
             self._state = text
             _plain(self._console, f"job {status.job_id}: {text}")
+
+    def problem(self, text: str) -> None:
+        """Show once what went wrong with asking Slurm."""
+        if text != self._problem:
+            self._problem = text
+            _plain(self._console, text, style="yellow")
 
     def update(self, event: Event) -> None:
         """Show an event."""

@@ -26,6 +26,11 @@ ACTIVE = frozenset(
 _TIMEOUT_S = 30
 
 
+def is_slurms(name: str) -> bool:
+    """Whether a variable is one that Slurm sets in a job, or that overrides what a script asks for."""
+    return name.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_")) and name != "SLURM_CONF"
+
+
 @dataclass(frozen=True)
 class JobState:
     """A job as squeue or sacct tells it. `elapsed` and `limit` in Slurm's form [D-]HH:MM:SS."""
@@ -52,34 +57,35 @@ class Answer:
     problems: tuple[str, ...] = ()
 
 
-def query(job_ids: Sequence[str]) -> Answer:
+def query(job_ids: Sequence[str], settled: Sequence[str] = ()) -> Answer:
     """Ask squeue for what is going on and, about jobs that it does not know, sacct for how they ended.
 
-    An empty answer means nothing: a job that is in neither is unknown, not finished.
+    An empty answer means nothing: a job that is in neither is unknown, not finished. sacct is not asked about
+    `settled` jobs, whose end is known: they are in the answer only if Slurm has them in its queue again.
     """
-    if not job_ids:
+    if not job_ids and not settled:
         return Answer({})
-    wanted, problems = set(job_ids), []
-    jobs: dict[str, JobState] = {}
-    queue, problem = _ask(["squeue", "-h", "--me", "-o", "%i|%T|%r|%M|%l|%N"])
-    problems += problem
-    for line in queue:
-        job_id, state, reason, elapsed, limit, nodes = line.split("|", 5)
-        if job_id in wanted:
-            jobs[job_id] = JobState(job_id, state, "" if reason == "None" else reason, elapsed, limit, nodes)
-    rest = sorted(wanted - set(jobs))
+    wanted = {*job_ids, *settled}
+    queue, problems = _ask(["squeue", "-h", "--me", "-o", "%i|%T|%r|%M|%l|%N"])
+    jobs = {job.job_id: job for line in queue if (job := _job(line)) is not None and job.job_id in wanted}
+    rest = sorted(set(job_ids) - set(jobs))
     if rest:
         fields = "JobID,State,Reason,Elapsed,Timelimit,NodeList,ExitCode"
-        accounted, problem = _ask(["sacct", "-n", "-P", "-X", "-o", fields, "-j", ",".join(rest)])
-        problems += problem
-        for line in accounted:
-            job_id, state, reason, elapsed, limit, nodes, code = line.split("|", 6)
-            # "CANCELLED by 1000": the rest of the state says who.
-            word, _, who = state.partition(" ")
-            jobs[job_id] = JobState(
-                job_id, word, who or ("" if reason == "None" else reason), elapsed, limit, nodes, code
-            )
+        accounted, more = _ask(["sacct", "-n", "-P", "-X", "-o", fields, "-j", ",".join(rest)])
+        problems += more
+        jobs |= {job.job_id: job for line in accounted if (job := _job(line)) is not None}
     return Answer(jobs, tuple(problems))
+
+
+def _job(line: str) -> JobState | None:
+    """id|state|reason|elapsed|limit|nodes[|exit code]; None for a line that is something else."""
+    parts = line.split("|")
+    if len(parts) not in (6, 7) or not parts[1]:
+        return None
+    # "CANCELLED by 1000": the rest of the state says who.
+    state, _, who = parts[1].partition(" ")
+    reason = who or ("" if parts[2] == "None" else parts[2])
+    return JobState(parts[0], state, reason, *parts[3:])
 
 
 def cancel(job_id: str) -> str | None:

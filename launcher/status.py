@@ -3,24 +3,25 @@
 import json
 import socket
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launcher import slurm
+from launcher.errors import InputError
 from launcher.events import LAUNCHER, Event, read_events
 from launcher.files import write_atomically
-from launcher.outcome import Outcome, judge
+from launcher.outcome import Outcome, judge, last_attempt
 from launcher.plan import read_plan
 from launcher.processes import Process
-from launcher.runs import Submission, submissions
+from launcher.runs import Submission, last_submission, submissions
 
 FINAL = "final.json"
 STAGES = ("start", "env", "selector", "weights", "parity", "memory", "throughput", "done")
 # Slurm may requeue a job whose node failed or that was preempted, so these two are not written down as the end.
 _SETTLED = ("completed", "failed", "cancelled", "timeout", "out of memory")
 _ENDED = (*_SETTLED, "node failed", "preempted")
-_FROM_SLURM = {
-    "COMPLETED": "completed",
+_ENDS = {
     "FAILED": "failed",
     "CANCELLED": "cancelled",
     "TIMEOUT": "timeout",
@@ -29,15 +30,15 @@ _FROM_SLURM = {
     "NODE_FAIL": "node failed",
     "BOOT_FAIL": "node failed",
     "PREEMPTED": "preempted",
-    "PENDING": "pending",
 }
+_WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
 
 @dataclass(frozen=True)
 class RunStatus:
     """One run at one moment.
 
-    `state` is pending, running, one of the ends, or unknown where neither the folder nor Slurm can say.
+    `state` is pending, running, suspended, one of the ends, or unknown where neither the folder nor Slurm can say.
     """
 
     run_dir: str
@@ -60,83 +61,106 @@ class RunStatus:
 def statuses(run_dirs: Sequence[Path]) -> tuple[list[RunStatus], tuple[str, ...]]:
     """The status of every run, in order, and what went wrong with asking Slurm.
 
-    squeue and sacct are asked once for all runs together, and not about runs whose end is known: an end is
-    written into the run's folder when it is first seen, since accounting does not keep it for ever.
+    squeue and sacct are asked once for all runs together. An end is written into the run's folder when it is
+    first seen, since accounting does not keep it for ever, and believed until Slurm has the job again (a
+    requeue) or the run is submitted again.
     """
-    settled = {run: final for run in run_dirs if (final := _final(run)) is not None}
-    open_runs = {run: last for run in run_dirs if run not in settled and (last := _last(run)) is not None}
-    answer = slurm.query([s.job_id for s in open_runs.values() if s.scheduler == "slurm"])
+    last = {run: _last(run) for run in run_dirs}
+    settled = {run: final for run in run_dirs if (final := _final(run, last[run])) is not None}
+    by_slurm = {run: s.job_id for run, s in last.items() if s is not None and s.scheduler == "slurm" and s.job_id}
+    answer = slurm.query(
+        [job_id for run, job_id in by_slurm.items() if run not in settled],
+        [job_id for run, job_id in by_slurm.items() if run in settled],
+    )
     found = []
     for run in run_dirs:
-        status = settled.get(run) or _status(run, open_runs.get(run), answer)
-        if status.state in _SETTLED and run not in settled:
-            write_atomically(run / FINAL, json.dumps(asdict(status)) + "\n")
+        job = answer.jobs.get(by_slurm.get(run, ""))
+        if run in settled and (job is None or job.ended):
+            found.append(settled[run])
+            continue
+        try:
+            status = _status(run, last[run], job, answer.problems)
+        except InputError as error:  # one damaged folder must not hide the other runs
+            status = RunStatus(str(run), run.parent.name, run.name, "", "unknown", str(error))
+        if status.state in _SETTLED and not answer.problems:
+            with suppress(OSError):  # somebody else's run, or a full disk
+                write_atomically(run / FINAL, json.dumps(asdict(status)) + "\n")
         found.append(status)
     return found, answer.problems
 
 
-def _final(run_dir: Path) -> RunStatus | None:
-    """An end that was written down, unless the run has been resumed since."""
+def _final(run_dir: Path, last: Submission | None) -> RunStatus | None:
+    """An end that was written down, unless the run has been submitted since."""
     try:
         final = RunStatus(**json.loads((run_dir / FINAL).read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    last = _last(run_dir)
     return final if last is None or last.job_id == final.job_id else None
 
 
 def _last(run_dir: Path) -> Submission | None:
-    known = submissions(run_dir)
-    return known[-1] if known else None
+    try:
+        return last_submission(run_dir)
+    except InputError:
+        return None
 
 
-def _status(run_dir: Path, submission: Submission | None, answer: slurm.Answer) -> RunStatus:
+def _status(
+    run_dir: Path, submission: Submission | None, job: slurm.JobState | None, problems: Sequence[str]
+) -> RunStatus:
     plan = read_plan(run_dir)
     base = RunStatus(str(run_dir), plan["config"]["run"]["name"], plan["run_id"], "", "unknown", "never submitted")
     if submission is None:
+        submissions(run_dir)  # says so if the record is damaged
         return base
     world = len(plan["topology"])
-    events = [e for e in read_events(run_dir) if e.attempt >= submission.attempt]
+    events = last_attempt(e for e in read_events(run_dir) if e.attempt >= submission.attempt)
     outcome = judge(events, world)
-    job = answer.jobs.get(submission.job_id)
-    state, reason = _state(submission, job, outcome, events)
-    failure = outcome.failure
-    return RunStatus(
-        run_dir=base.run_dir,
-        name=base.name,
-        run_id=base.run_id,
+    state, reason = _state(submission, job, outcome, events, world, problems)
+    waiting = state == "pending"  # what an earlier attempt did is not what this one does
+    failure = None if waiting else outcome.failure
+    return replace(
+        base,
         job_id=submission.job_id,
         state=state,
         reason=reason or (f"{failure.error_type}: {failure.error}".splitlines()[0] if failure else ""),
         elapsed=job.elapsed if job else "",
         limit=job.limit if job else "",
-        progress=progress(events, world),
+        progress="" if waiting else progress(events, world),
         first_failing_rank=failure.rank if failure else None,
     )
 
 
 def _state(
-    submission: Submission, job: slurm.JobState | None, outcome: Outcome, events: Sequence[Event]
+    submission: Submission,
+    job: slurm.JobState | None,
+    outcome: Outcome,
+    events: Sequence[Event],
+    world: int,
+    problems: Sequence[str],
 ) -> tuple[str, str]:
-    """State and, where Slurm gives one, its reason.
+    """State and, where there is one beside the ranks' own, its reason.
 
     An end needs a witness: every rank's own last event, the batch script's, or accounting's. That squeue
     knows nothing of a job is none.
     """
+    if job is not None and job.state in _WAITING:
+        return "pending", job.reason
     if outcome.state == "completed":
         return "completed", ""
     if submission.scheduler == "local":
         return _local_state(submission, outcome)
     if job is not None and not job.ended:
-        return ("pending" if job.state == "PENDING" else "running"), job.reason
+        return ("suspended" if job.state in ("SUSPENDED", "STOPPED") else "running"), job.reason
     if job is not None:
         # A step may fail and its job count as completed; the ranks know better.
         if job.state == "COMPLETED":
             return "failed", "the job ended before all ranks were done"
-        return _FROM_SLURM.get(job.state, "failed"), _reason(job)
-    if any(e.rank == LAUNCHER and e.event == "ended" for e in events):
+        return _ENDS.get(job.state, "failed"), _reason(job)
+    spoken = {e.rank for e in events if e.event == "failed" or (e.stage == "done" and e.event == "end")}
+    if any(e.rank == LAUNCHER and e.event == "ended" for e in events) or (len(spoken) == world and not problems):
         return "failed", ""
-    return "unknown", "not in the queue, and accounting does not know it"
+    return "unknown", "; ".join(problems) or "not in the queue, and accounting does not know it"
 
 
 def _reason(job: slurm.JobState) -> str:

@@ -1,11 +1,12 @@
 """The only module that starts anything: a plan becomes a job, by submitit."""
 
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from launcher.errors import InputError, UnclearSubmissionError
 from launcher.plan import Plan
 from launcher.processes import Process
 from launcher.render import environment, job_folder, python_command, slurm_parameters
-from launcher.runs import submissions
+from launcher.runs import last_submission
+
+# A controller under load may have taken the job although its answer did not come.
+_UNCLEAR = re.compile(r"timed out|unable to contact|zero bytes", re.IGNORECASE)
 
 
 def submit(plan: Plan) -> "submitit.Job[None]":
@@ -64,8 +68,12 @@ def _submit_slurm(plan: Plan) -> "submitit.Job[None]":
     parameters: dict[str, Any] = slurm_parameters(plan)
     executor.update_parameters(**parameters)
     try:
-        return executor.submit(probe.run, str(plan.run_dir))
+        # What a job or a shell has set would override what the script asks for, and reach the ranks.
+        with _environ({}, drop=[name for name in os.environ if slurm.is_slurms(name)]):
+            return executor.submit(probe.run, str(plan.run_dir))
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+        if _UNCLEAR.search(str(error)):
+            raise UnclearSubmissionError(f"{plan.run_dir}: the job may be queued or not: {error}") from None
         raise InputError(f"sbatch refused the request: {error}") from None
     except submitit.core.utils.FailedSubmissionError as error:
         raise UnclearSubmissionError(f"{plan.run_dir}: sbatch took it, but its answer is unclear: {error}") from None
@@ -79,7 +87,9 @@ def cancel(run_dir: Path) -> None:
     InputError
         If it runs on another machine, or Slurm does not take the order.
     """
-    last = submissions(run_dir)[-1]
+    last = last_submission(run_dir)
+    if last is None or not last.job_id:
+        raise InputError(f"{run_dir}: no job is known; look for the name {run_dir.parent.name} in squeue --me")
     if last.scheduler == "slurm":
         problem = slurm.cancel(last.job_id)
         if problem:
@@ -92,15 +102,17 @@ def cancel(run_dir: Path) -> None:
 
 
 @contextmanager
-def _environ(extra: Mapping[str, str]) -> Iterator[None]:
-    """submitit's local executor hands its own environment on to the ranks."""
-    before = {name: os.environ.get(name) for name in extra}
+def _environ(extra: Mapping[str, str], drop: Sequence[str] = ()) -> Iterator[None]:
+    """submitit hands this process's environment on to sbatch and to local ranks."""
+    before = {name: os.environ.get(name) for name in (*extra, *drop)}
     os.environ.update(extra)
+    for name in drop:
+        del os.environ[name]
     try:
         yield
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value

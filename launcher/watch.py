@@ -24,6 +24,9 @@ START_S = 10.0
 STATUS_S = 3.0
 """How often Slurm is asked about a job that is followed."""
 
+UNKNOWN_S = 300.0
+"""For how long a job may be in neither the queue nor the accounting, which lags, before nobody waits for it."""
+
 _POLL_S = 0.1
 
 
@@ -40,19 +43,29 @@ def follow(run_dir: Path, attempt: int, going_on: Callable[[], bool], on_event: 
         time.sleep(_POLL_S)
 
 
-def until_ended(run_dir: Path, on_status: Callable[[RunStatus], None] = lambda _: None) -> Callable[[], bool]:
+def until_ended(
+    run_dir: Path,
+    on_status: Callable[[RunStatus], None] = lambda _: None,
+    on_problem: Callable[[str], None] = lambda _: None,
+) -> Callable[[], bool]:
     """A question whether a run still goes on, which asks Slurm no more than every few seconds.
 
-    Where neither the folder nor Slurm knows, it goes on: a scheduler that does not answer is no end.
+    A scheduler that does not answer is no end. One that answers, but has not known the job for a while, is: no
+    witness of that end will come any more.
     """
-    asked, last = -STATUS_S, True
+    asked, last, known = -STATUS_S, True, time.monotonic()
 
     def going_on() -> bool:
-        nonlocal asked, last
+        nonlocal asked, last, known
         if last and time.monotonic() - asked >= STATUS_S:
-            (status,), _ = statuses([run_dir])
+            (status,), problems = statuses([run_dir])
             on_status(status)
-            asked, last = time.monotonic(), not status.ended
+            for problem in problems:
+                on_problem(problem)
+            if problems or status.state != "unknown":
+                known = time.monotonic()
+            asked = time.monotonic()
+            last = not status.ended and asked - known < UNKNOWN_S
         return last
 
     return going_on

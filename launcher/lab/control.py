@@ -18,6 +18,7 @@ from launcher.errors import InputError
 from launcher.lab.spec import FAULTS, LabSpec, check
 from launcher.lab.supervisor import READY
 from launcher.processes import Process, children, die_with_parent
+from launcher.slurm import is_slurms
 
 _UP_S, _DOWN_S = 180.0, 30.0
 
@@ -56,7 +57,7 @@ def down(folder: Path, *, keep: bool = False) -> None:
     owner = _owner(folder)
     if owner is not None:
         try:
-            _send(spec, {"do": "stop"})
+            _send(spec, {"do": "end"})
         except OSError:  # it does not listen (yet); the end of unshare is the end of the namespaces
             os.kill(owner.pid, signal.SIGKILL)
         deadline = time.monotonic() + _DOWN_S
@@ -81,7 +82,9 @@ def inside(spec: LabSpec, command: Sequence[str]) -> list[str]:
     inner = children(owner.pid) if owner else []
     if not inner:
         raise InputError(f"{spec.folder}: the lab is not up; start it with: launcher lab up --dir {spec.folder}")
-    settings = ["env", f"SLURM_CONF={spec.folder}/etc/slurm.conf", *command]
+    # What another job or cluster left in the environment would be taken for this one's.
+    forget = [word for name in os.environ if is_slurms(name) for word in ("-u", name)]
+    settings = ["env", *forget, f"SLURM_CONF={spec.folder}/etc/slurm.conf", *command]
     spaces = ["--net", "--uts", "--mount", "--pid"]
     if os.getuid():
         user = ["unshare", "--user", f"--map-user={os.getuid()}", f"--map-group={os.getgid()}", "--"]
@@ -97,7 +100,7 @@ def is_up(folder: Path) -> bool:
 def status(folder: Path) -> dict[str, bool]:
     """Whether each daemon of a lab runs, by name; {} if the lab is down."""
     spec = LabSpec.load(folder)
-    return dict(_send(spec, {"do": "status"})["daemons"]) if _owner(folder) else {}
+    return dict(_ask(spec, {"do": "status"})["ok"]) if _owner(folder) else {}
 
 
 def node(folder: Path, fault: str, name: str) -> str:
@@ -115,16 +118,13 @@ def node(folder: Path, fault: str, name: str) -> str:
         raise InputError(f"{name}: no such node; there are {', '.join(spec.node_names)}")
     if _owner(folder) is None:
         raise InputError(f"{folder}: the lab is not up")
-    answer = _send(spec, {"do": fault, "node": name})
-    if "error" in answer:
-        raise InputError(f"{name}: {fault}: {answer['error']}")
-    return str(answer["ok"])
+    return str(_ask(spec, {"do": fault, "node": name})["ok"])
 
 
 def _start_supervisor(spec: LabSpec, *, bound: bool) -> "subprocess.Popen[bytes]":
     uid = os.getuid()
     root_here = [] if uid == 0 else ["--user", "--map-root-user"]
-    spaces = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child=TERM", "--mount-proc"]
+    spaces = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
     # An absolute PATH to daemons: an ordinary user's may lack sbin. The package may run from a checkout.
     env = os.environ | {
         "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
@@ -158,6 +158,7 @@ def _owner(folder: Path) -> Process | None:
 
 
 def _send(spec: LabSpec, request: dict[str, str]) -> dict[str, Any]:
+    """A request's answer, {} if the lab ends on it. Raises `OSError` if the lab does not listen."""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(60)
         client.connect(str(spec.control_socket))
@@ -165,6 +166,16 @@ def _send(spec: LabSpec, request: dict[str, str]) -> dict[str, Any]:
             stream.write(json.dumps(request) + "\n")
             stream.flush()
             answer: dict[str, Any] = json.loads(stream.readline() or "{}")
+    return answer
+
+
+def _ask(spec: LabSpec, request: dict[str, str]) -> dict[str, Any]:
+    try:
+        answer = _send(spec, request)
+    except OSError as error:
+        raise InputError(f"{spec.folder}: the lab does not answer: {error}") from None
+    if "ok" not in answer:
+        raise InputError(f"{spec.folder}: {answer.get('error', 'the lab is going down')}")
     return answer
 
 

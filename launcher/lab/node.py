@@ -3,6 +3,7 @@
 python -m launcher.lab.node NAME ADDRESS -- slurmd …
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,10 +14,14 @@ _LINK_S = 10.0
 
 
 def main(name: str, address: str, slurmd: list[str]) -> int:
-    """Returns slurmd's exit code; the node's namespaces and all in them end with this process."""
+    """The node's namespaces and all in them end with this process. SIGTERM ends slurmd, SIGUSR1 starts another.
+
+    Returns 1 if the host gets no network.
+    """
     subprocess.run(["hostname", name], check=True)
-    # Shared memory of its own: on a real cluster no other node's ranks would see it.
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], check=True)
+    # Shared memory and a disk of its own: on a real cluster no other node's ranks would see them.
+    for folder in ("/dev/shm", "/var/tmp"):
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     deadline = time.monotonic() + _LINK_S
     while not _has_link("eth0"):
@@ -26,12 +31,13 @@ def main(name: str, address: str, slurmd: list[str]) -> int:
         time.sleep(0.01)
     subprocess.run(["ip", "addr", "add", f"{address}/24", "dev", "eth0"], check=True)
     subprocess.run(["ip", "link", "set", "eth0", "up"], check=True)
-    daemon = subprocess.Popen(slurmd)
-    signal.signal(signal.SIGTERM, lambda *_: daemon.terminate())
-    while True:
-        pid, status = os.wait()
-        if pid == daemon.pid:
-            return os.waitstatus_to_exitcode(status)
+    daemons = [subprocess.Popen(slurmd)]
+    signal.signal(signal.SIGTERM, lambda *_: daemons[-1].terminate())
+    signal.signal(signal.SIGUSR1, lambda *_: daemons.append(subprocess.Popen(slurmd)))
+    while True:  # the host lives on without slurmd, as a real one does, and so do its tasks
+        with contextlib.suppress(ChildProcessError):
+            os.wait()
+        time.sleep(0.05)
 
 
 def _has_link(name: str) -> bool:

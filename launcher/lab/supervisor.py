@@ -19,6 +19,7 @@ from typing import IO, Any
 from launcher.lab import conf
 from launcher.lab.spec import LOGIN, LabSpec
 from launcher.processes import children, die_with_parent, reap
+from launcher.slurm import is_slurms
 
 READY = "ready"
 _DAEMON_S, _IDLE_S, _POLL_S = 60.0, 60.0, 0.05
@@ -34,9 +35,10 @@ class Supervisor:
         # An ordinary user is root in the lab's user namespace, which networks need. Slurm's daemons as such a root
         # fail at setgroups, so they run one namespace further in, as the user again.
         self._as_user = ["unshare", "--user", f"--map-user={uid}", f"--map-group={gid}", "--"] if uid else []
-        self._env = {
-            k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SUBMITIT_"))
-        } | {"SLURM_CONF": str(spec.root / "etc/slurm.conf"), "MYSQL_UNIX_PORT": str(spec.root / "run/db.sock")}
+        self._env = {k: v for k, v in os.environ.items() if not is_slurms(k)} | {
+            "SLURM_CONF": str(spec.root / "etc/slurm.conf"),
+            "MYSQL_UNIX_PORT": str(spec.root / "run/db.sock"),
+        }
 
     def up(self) -> None:
         """Everything, in the order in which it depends on each other; returns when all nodes are idle."""
@@ -63,12 +65,16 @@ class Supervisor:
                     connection, _ = server.accept()
                 except TimeoutError:
                     continue
-                with connection, connection.makefile("rw") as stream:
+                connection.settimeout(5)
+                with (
+                    contextlib.suppress(OSError, ValueError, KeyError),
+                    connection,
+                    connection.makefile("rw") as stream,
+                ):
                     request = json.loads(stream.readline())
-                    if request["do"] == "stop":
+                    if request["do"] == "end":
                         return
-                    with contextlib.suppress(BrokenPipeError):
-                        stream.write(json.dumps(self._answer(request)) + "\n")
+                    stream.write(json.dumps(self._answer(request)) + "\n")
 
     def down(self) -> None:
         """End the daemons in an order that loses no accounting; what is left goes with the PID namespace."""
@@ -100,7 +106,7 @@ class Supervisor:
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if request["do"] == "status":
-            return {"daemons": {name: d.poll() is None for name, d in self.daemons.items()}}
+            return {"ok": {name: d.poll() is None for name, d in self.daemons.items()}}
         try:
             return {"ok": self._fault(request["do"], request["node"])}
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -108,13 +114,13 @@ class Supervisor:
 
     def _fault(self, what: str, node: str) -> str:
         daemon = self.daemons[node]
-        if what in ("kill", "stop"):
-            daemon.send_signal(signal.SIGKILL if what == "kill" else signal.SIGTERM)
+        if what == "kill":
+            daemon.kill()
             daemon.wait(20)
-        elif what == "start":
-            if daemon.poll() is None:
-                return f"{node} runs already"
+        elif what == "start" and daemon.poll() is not None:
             self.start_node(node)
+        elif what in ("stop", "start"):  # of slurmd alone: the host and its tasks live on
+            os.kill(children(daemon.pid)[0], signal.SIGTERM if what == "stop" else signal.SIGUSR1)
         else:
             state = "down" if what == "cut" else "up"
             self._run("ip", "link", "set", f"v{self.spec.node_names.index(node)}", state)

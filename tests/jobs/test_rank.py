@@ -18,6 +18,7 @@ from jobs import environment, stages
 from jobs.events import EventLog
 from jobs.rank import PORTS, Rank, join, port_block
 from jobs.request import ProbeRequest
+from launcher.events import read_events
 from tests.checkout import ROOT
 from tests.launcher.plans import fixed_plan
 
@@ -90,6 +91,14 @@ def test_a_signal_writes_a_last_event_and_ends_the_rank_at_once(
     assert (last["stage"], last["event"]) == ("throughput", "failed")
     assert last["error"] == {"type": "Signal", "text": word}
     assert (tmp_path / "cleaned").exists()
+
+
+def test_an_attempt_after_a_torn_line_begins_a_new_one(tmp_path: Path) -> None:
+    EventLog(tmp_path, 0).write("started")
+    file = tmp_path / "events" / "rank-00000.jsonl"
+    file.write_text(file.read_text() + '{"time": 17, "ra')
+    EventLog(tmp_path, 0, attempt=1).write("started")
+    assert [e.attempt for e in read_events(tmp_path)] == [0, 1]
 
 
 ALONE = Rank(rank=0, world=1, local_rank=0, nodes=1, host="h", job_id=4711, attempt=0)

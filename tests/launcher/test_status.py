@@ -28,9 +28,9 @@ class Slurm:
         self.problems: tuple[str, ...] = ()
         self.asked: list[list[str]] = []
 
-    def query(self, job_ids: Sequence[str]) -> Answer:
+    def query(self, job_ids: Sequence[str], settled: Sequence[str] = ()) -> Answer:
         self.asked.append(list(job_ids))
-        return Answer({j: self.jobs[j] for j in job_ids if j in self.jobs}, self.problems)
+        return Answer({j: self.jobs[j] for j in (*job_ids, *settled) if j in self.jobs}, self.problems)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_running_job_shows_the_rank_that_is_furthest_behind(plan: Plan, cluste
 def test_a_job_in_neither_squeue_nor_sacct_is_unknown_not_ended(plan: Plan, cluster: Slurm) -> None:
     cluster.problems = ("squeue: Unable to contact slurm controller",)
     found, problems = statuses([plan.run_dir])
-    assert found[0].state == "unknown"
+    assert (found[0].state, found[0].reason) == ("unknown", "squeue: Unable to contact slurm controller")
     assert not found[0].ended
     assert problems == cluster.problems
     assert not (plan.run_dir / "final.json").exists()
@@ -127,6 +127,47 @@ def test_an_end_is_kept_since_accounting_forgets_but_a_resume_opens_it_again(pla
     record_submission(plan.run_dir, 1, "slurm", "8")
     cluster.jobs["8"] = JobState("8", "PENDING", "Priority")
     assert (status(plan).state, status(plan).job_id) == ("pending", "8")
+
+
+def test_a_kept_end_is_none_once_slurm_has_the_job_again(plan: Plan, cluster: Slurm) -> None:
+    EventLog(plan.run_dir, 2).write("failed", error={"type": "OSError", "text": "disk gone", "traceback": ""})
+    cluster.jobs["7"] = JobState("7", "FAILED")
+    assert (status(plan).state, status(plan).first_failing_rank) == ("failed", 2)
+    cluster.jobs["7"] = JobState("7", "REQUEUE_HOLD", "launch failed requeued held")
+    found = status(plan)
+    assert (found.state, found.reason) == ("pending", "launch failed requeued held")
+    assert (found.progress, found.first_failing_rank) == ("", None), "that was the attempt before"
+
+
+def test_ranks_that_were_all_told_to_stop_are_the_end_if_slurm_answers_without_the_job(
+    plan: Plan, cluster: Slurm
+) -> None:
+    for rank in range(4):
+        EventLog(plan.run_dir, rank).write("failed", error={"type": "Signal", "text": "cancelled (SIGTERM)"})
+    cluster.problems = ("squeue: no answer",)
+    assert status(plan).state == "unknown"
+    cluster.problems = ()
+    assert (status(plan).state, status(plan).first_failing_rank) == ("failed", None)
+
+
+def test_a_job_whose_id_was_lost_is_known_by_its_ranks(tmp_path: Path, cluster: Slurm) -> None:
+    plan = fixed_plan("v4flash-1node", [f"run.folder={tmp_path}/runs"])
+    plan.save()
+    record_submission(plan.run_dir, 0, "slurm", "")  # written before sbatch, and then the launcher died
+    assert (status(plan).state, status(plan).job_id) == ("unknown", "")
+    EventLog(plan.run_dir, 0).write("started", pid=1, host="nid1", job_id=7, world=4)
+    cluster.jobs["7"] = JobState("7", "RUNNING")
+    assert (status(plan).state, status(plan).job_id) == ("running", "7")
+
+
+def test_one_damaged_folder_does_not_hide_the_other_runs(tmp_path: Path, cluster: Slurm) -> None:
+    good, bad = saved(tmp_path, "v4flash-1node", "1"), saved(tmp_path, "v4pro-2node", "2")
+    (bad.run_dir / "submissions.json").write_text("{")
+    (good.run_dir / "final.json").mkdir()
+    finish(good)
+    found, _ = statuses([good.run_dir, bad.run_dir])
+    assert [s.state for s in found] == ["completed", "unknown"]
+    assert "submissions.json" in found[1].reason
 
 
 def test_a_node_failure_is_not_kept_since_the_job_may_be_requeued(plan: Plan, cluster: Slurm) -> None:
@@ -191,6 +232,12 @@ def test_squeue_knows_what_goes_on_and_sacct_the_rest(commands: Path) -> None:
     assert {j: s.state for j, s in answer.jobs.items()} == {"5": "RUNNING", "6": "PENDING", "7": "CANCELLED"}
     assert (answer.jobs["6"].reason, answer.jobs["5"].nodes) == ("QOSMaxJobs", "nid[1-2]")
     assert (answer.jobs["7"].reason, answer.jobs["7"].exit_code) == ("by 1000", "0:15")
+
+
+def test_lines_that_are_no_jobs_are_passed_over(commands: Path) -> None:
+    stand_in(commands, "squeue", "echo 'a warning'; echo '5|RUNNING|None|1:00|2:00|n'; echo '6||||||||'")
+    stand_in(commands, "sacct", "echo 'slurmdbd is slow today'")
+    assert list(slurm.query(["5", "6"]).jobs) == ["5"]
 
 
 def test_commands_that_fail_or_are_not_there_are_problems_not_states(commands: Path) -> None:

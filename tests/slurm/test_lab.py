@@ -1,6 +1,7 @@
 """The lab is a Slurm cluster, looks like beverin, and leaves nothing behind."""
 
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -110,6 +111,29 @@ def test_a_node_can_be_killed_and_started_again(lab: Lab) -> None:
     assert states(lab)[FIRST] == "idle"
     control.node(lab.spec.root, "start", SECOND)
     wait_until(lab, SECOND, "idle")
+
+
+def test_slurmd_can_be_stopped_while_its_tasks_go_on(lab: Lab, tmp_path: Path) -> None:
+    marker = tmp_path / "done"
+    lab.ask("sbatch", "-w", SECOND, "-o", "/dev/null", f"--wrap=sleep 4; touch {marker}")
+    deadline = time.monotonic() + 20
+    while "R" not in lab.ask("squeue", "-h", "-o", "%t"):
+        assert time.monotonic() < deadline
+    control.node(lab.spec.root, "stop", SECOND)
+    while not marker.exists():
+        assert time.monotonic() < deadline + 20, "the task goes on without slurmd"
+        time.sleep(0.2)
+    assert control.status(lab.spec.root)[SECOND], "the host is up"
+    control.node(lab.spec.root, "start", SECOND)
+    wait_until(lab, SECOND, "idle")
+
+
+def test_a_client_that_says_nothing_does_not_end_the_lab(lab: Lab) -> None:
+    for words in (b"", b"nonsense\n", b"{}\n"):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(lab.spec.control_socket))
+            client.sendall(words)
+    assert set(control.status(lab.spec.root)) >= {"slurmctld", "slurmdbd", "mariadbd", "munged", FIRST, SECOND}
 
 
 def test_a_node_can_be_cut_from_the_network_and_mended(lab: Lab) -> None:

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.lab import control
+from launcher.plan import Plan
+from launcher.render import sbatch_script
 from launcher.slurm import ACTIVE
 from tests.checkout import importable
 from tests.slurm.conftest import CONFIG, Lab
@@ -44,6 +47,54 @@ def measuring(lab: Lab, cwd: Path, name: str) -> bool:
     return str(found["progress"]).startswith("throughput 1/")
 
 
+def on_nodes(lab: Lab, run: Path) -> int:
+    """On how many of the two nodes the run's scratch folder is."""
+    script = f"test -d /var/tmp/moe-ep-{run.name} && echo there || true"
+    return lab.ask("srun", "-N2", "-n2", "--mem=100", "sh", "-c", script).count("there")
+
+
+def process_of_rank(job_id: str, rank: int) -> int:
+    """The process of a rank as this machine sees it, whatever namespace it is in."""
+    wanted = {f"SLURM_JOB_ID={job_id}".encode(), f"SLURM_PROCID={rank}".encode()}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (folder / "cmdline").read_bytes()
+            if b"submitit" in command and wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_a_rank_killed_on_a_node_is_the_one_that_is_named(lab: Lab, tmp_path: Path) -> None:
+    assert lab.launcher("submit", str(CONFIG), "--set", LONG, cwd=tmp_path).returncode == 0
+    wait_for(lambda: measuring(lab, tmp_path, "lab-2node"))
+    job_id = status(lab, tmp_path)[0]["job_id"]
+    killed = time.monotonic()
+    os.kill(process_of_rank(job_id, 3), signal.SIGKILL)
+    wait_for(lambda: status(lab, tmp_path)[0]["state"] == "failed")
+    assert time.monotonic() - killed < 60
+    (found,) = status(lab, tmp_path)
+    assert (found["first_failing_rank"], found["reason"].split(":")[0]) == (3, "Vanished")
+    assert lab.launcher("logs", "lab-2node", cwd=tmp_path).stdout, "of that rank"
+
+
+def test_a_container_is_asked_for_on_the_step_and_reaches_every_rank(lab: Lab, tmp_path: Path) -> None:
+    container = f"cluster.container={{environment: my-edf, python: {sys.executable}}}"
+    short = "job.throughput={batch_sizes: [1], warmup: 0, repeats: 1}"
+    done = lab.launcher("submit", str(CONFIG), "--set", container, "--set", short, "--follow", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((run_of(tmp_path) / "report.json").read_text())
+    assert [rank["environment"]["env"]["LAB_ENVIRONMENT"] for rank in report["ranks"]] == ["my-edf"] * 4
+    assert "rank 0: throughput 1/1" in done.stderr
+
+
+def test_what_another_job_left_in_the_shell_does_not_reach_the_run(lab: Lab, tmp_path: Path) -> None:
+    short = "job.throughput={batch_sizes: [1], warmup: 0, repeats: 1}"
+    command = ["env", "SLURM_MEM_PER_CPU=100", "SBATCH_PARTITION=nonesuch", "SLURM_DISTRIBUTION=cyclic", sys.executable]
+    command += ["-m", "launcher", "submit", str(CONFIG), "--wait", "--set", short]
+    done = lab.run(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def accounted(lab: Lab, job_id: str) -> str:
     return lab.ask("sacct", "-n", "-P", "-X", "-o", "State", "-j", job_id)
 
@@ -62,10 +113,10 @@ def test_a_run_over_two_nodes_ends_with_a_report(lab: Lab, tmp_path: Path) -> No
     # The batch script bears witness of the end, and has tidied up.
     (line,) = (run / "events" / "batch.jsonl").read_text().splitlines()
     assert json.loads(line)["data"] == {"exit": 0, "job_id": job_id}
-    assert not list(Path("/tmp").glob(f"moe-ep-{run.name}*"))
+    assert on_nodes(lab, run) == 0
     # What sbatch got is what the dry run shows for this run.
     submitted = (run / "submitit" / f"{job_id}_submission.sh").read_text()
-    assert "--kill-on-bad-exit=1" in submitted
+    assert submitted == sbatch_script(Plan.load(run, attempt=0))
     # Another shell, without Slurm: the folder is the truth.
     env = {"PATH": "/usr/bin:/bin", "SLURM_CONF": "/nonexistent"}
     said = subprocess.run(
@@ -89,8 +140,7 @@ def test_a_job_is_watched_cancelled_and_resumed(lab: Lab, tmp_path: Path) -> Non
     assert found["first"]["state"] == "running"
     assert (found["first"]["limit"], found["first"]["first_failing_rank"]) == ("10:00", None)
     assert found["second"]["state"] == "pending"
-    scratch = Path("/tmp") / f"moe-ep-{run_of(tmp_path, 'first').name}"
-    assert scratch.is_dir()
+    assert on_nodes(lab, run_of(tmp_path, "first")) == 2
     assert found["second"]["reason"] in ("Resources", "Priority")
     log = lab.launcher("logs", "first", "--rank", "3", cwd=tmp_path)
     assert "Starting with JobEnvironment" in log.stdout
@@ -99,7 +149,9 @@ def test_a_job_is_watched_cancelled_and_resumed(lab: Lab, tmp_path: Path) -> Non
     assert lab.launcher("cancel", "second", cwd=tmp_path).returncode == 0
     assert lab.launcher("cancel", "first", cwd=tmp_path).returncode == 0
     wait_for(lambda: {line["state"] for line in status(lab, tmp_path)} == {"cancelled"})
-    assert not scratch.exists(), "the ranks tidied up on their way out"
+    assert on_nodes(lab, run_of(tmp_path, "first")) == 0, "the ranks tidied up on their way out"
+    (line,) = (run_of(tmp_path, "first") / "events" / "batch.jsonl").read_text().splitlines()
+    assert json.loads(line)["event"] == "ended", "the batch script lived to see it"
     again = lab.launcher("cancel", "first", cwd=tmp_path)
     assert (again.returncode, "has ended already: cancelled" in again.stderr) == (2, True)
     partial = lab.launcher("report", "first", "--json", cwd=tmp_path)
