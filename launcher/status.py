@@ -171,6 +171,8 @@ def _reason(job: slurm.JobState) -> str:
 def _local_state(submission: Submission, outcome: Outcome) -> tuple[str, str]:
     if submission.host != socket.gethostname():
         return "unknown", f"runs on {submission.host}, ask there"
+    if not submission.job_id:
+        return "unknown", "its processes were not started, or not yet"
     if Process(int(submission.job_id), submission.pid_started).alive:
         return "running", ""
     return "failed", "" if outcome.failure else "its processes are gone"

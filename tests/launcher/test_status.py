@@ -203,6 +203,8 @@ def test_a_run_is_found_by_folder_id_or_name(tmp_path: Path) -> None:
 def test_a_local_run_is_running_while_its_controller_lives_and_not_by_a_reused_number(tmp_path: Path) -> None:
     plan = fixed_plan("tiny", [f"run.folder={tmp_path}/runs"])
     plan.save()
+    record_submission(plan.run_dir, 0, "local", "")
+    assert (status(plan).state, status(plan).job_id) == ("unknown", "")
     mine = record_submission(plan.run_dir, 0, "local", str(os.getpid()))
     assert status(plan).state == "running"
     reused = mine.__class__(**{**vars(mine), "pid_started": mine.pid_started - 1})
