@@ -101,7 +101,11 @@ def _submit(plan: planning.Plan) -> Any:
     """Submit, and write down before and after that it was: an answer that is lost must not lose the job."""
     scheduler = plan.config.cluster.scheduler
     runs.record_submission(plan.run_dir, plan.attempt, scheduler, "", plan.git_revision)
-    job = submit.submit(plan)
+    try:
+        job = submit.submit(plan)
+    except InputError:
+        runs.forget_submission(plan.run_dir, plan.attempt)
+        raise
     runs.record_submission(plan.run_dir, plan.attempt, scheduler, job.job_id, plan.git_revision)
     return job
 
@@ -140,4 +144,4 @@ def _finish(run_dir: Path, *, as_json: bool) -> int:
         show.summary(result, run_dir, out)
         for problem in problems:
             err.print(problem, markup=False, highlight=False, soft_wrap=True)
-    return WELL if status.state in ("completed", "pending", "running") else FAILED
+    return WELL if status.state in ("completed", "pending", "running", "suspended") else FAILED

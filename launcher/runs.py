@@ -47,6 +47,12 @@ def record_submission(
     return new
 
 
+def forget_submission(run_dir: Path, attempt: int) -> None:
+    """Take back what was written before a scheduler that then refused: the attempt before is the last again."""
+    known = [asdict(s) for s in submissions(run_dir) if s.attempt != attempt]
+    write_atomically(run_dir / SUBMISSIONS, json.dumps(known, indent=2) + "\n")
+
+
 def last_submission(run_dir: Path) -> Submission | None:
     """The last time that a run was submitted; its job's id from the ranks where the scheduler's answer was lost."""
     known = submissions(run_dir)

@@ -14,6 +14,8 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]  # these reach a shell unquoted
 # A line break in a value would end an #SBATCH line, and what follows it would be run.
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f]*$")]
+# The run removes it at its end: it must be the run's own, so that nobody else's files can be in it.
+Scratch = Annotated[str, Field(pattern=r"^/[^\x00-\x1f\x7f]*\{run_id\}[^/\x00-\x1f\x7f]*$")]
 Option = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
 
 
@@ -39,8 +41,8 @@ class Container(_Section):
 class Cluster(_Section):
     """A site: its scheduler, its nodes, and the environment that works there.
 
-    scratch: a run's folder on the nodes' own disks. `{run_id}` in it, and `{scratch}` in env's values, are
-    filled in.
+    scratch: a run's own folder on the nodes' disks, an absolute path whose last part holds `{run_id}`; it is
+    removed when the ranks end. env's values may name it as `{scratch}`.
     """
 
     name: str = Field(pattern=NAME)
@@ -58,7 +60,7 @@ class Cluster(_Section):
     sbatch_args: dict[Option, Text | int | bool] = {}
     srun_args: list[Text] = []
     container: Container | None = None
-    scratch: Text | None = None
+    scratch: Scratch | None = None
     env: dict[Variable, Annotated[str, Field(pattern=r"^[^\x00]*$")] | int] = {}
     unset: list[Variable] = []
 

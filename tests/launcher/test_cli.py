@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.runs import record_submission
 from tests.checkout import ROOT, importable
+from tests.launcher.plans import fixed_plan
 
 
 def launcher(*args: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -99,6 +101,31 @@ def test_a_refusal_of_sbatch_is_shown_and_exits_with_2(tmp_path: Path) -> None:
     assert "sbatch refused the request" in done.stderr
     assert "Invalid account" in done.stderr
     assert not list((tmp_path / "runs").glob("*/*")), "a refused request leaves no run behind"
+
+
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(tmp_path: Path) -> None:
+    plan = fixed_plan("v4flash-1node", [f"run.folder={tmp_path}/runs"])
+    plan.save()
+    record_submission(plan.run_dir, 0, "slurm", "7")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    answers = {
+        "squeue": "true",
+        "sacct": "echo '7|TIMEOUT|None|1:00:00|1:00:00|nid1|0:0'",
+        "srun": "true",
+        "sbatch": "echo 'sbatch: error: Invalid account' >&2; exit 1",
+    }
+    for name, text in answers.items():
+        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
+        (commands / name).chmod(0o755)
+    path = f"{commands}:{os.environ['PATH']}"
+    before = (plan.run_dir / "submissions.json").read_text()
+    for _ in range(2):  # the second is refused by sbatch as the first was, not by the launcher
+        done = launcher("resume", str(plan.run_dir), cwd=tmp_path, PATH=path)
+        assert done.returncode == 2
+        assert "Invalid account" in done.stderr
+    assert (plan.run_dir / "submissions.json").read_text() == before
+    assert json.loads(launcher("status", "--json", cwd=tmp_path, PATH=path).stdout)["runs"][0]["state"] == "timeout"
 
 
 def test_a_report_of_what_is_no_run_exits_with_2(tmp_path: Path) -> None:
