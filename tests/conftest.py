@@ -1,14 +1,13 @@
-"""Kernels run on the GPU where there is one, else in Triton's interpreter."""
-
-import os
+"""Kernels run on the GPU where there is one, and without one in Triton's interpreter and on the emulated gfx942."""
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before moe_ep's are imported
+from tests.moe_ep.ways import device_of
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test's tensors live: for a test in several ways, where that way's do."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    return device_of(parameters.get("way", "reference"))

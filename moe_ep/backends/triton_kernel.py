@@ -52,7 +52,6 @@ def experts(
     options = {
         "HIDDEN": hidden,
         "INTER": inner,
-        "INTERPRETED": interpreted(),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,

@@ -1,4 +1,4 @@
-"""Device functions: mxfp4 to bf16, and what Triton's interpreter gets wrong about bf16."""
+"""Device functions: mxfp4 to bf16."""
 
 import triton
 import triton.language as tl
@@ -26,33 +26,13 @@ def e2m1_to_f32(code):
 
 
 @triton.jit
-def dequantise(packed, scale, INTERPRETED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def dequantise(packed, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """bf16 [BLOCK_N, BLOCK_K] of packed uint8 [BLOCK_N, BLOCK_K/2] and e8m0 [BLOCK_N, BLOCK_K/32].
 
-    Exact: an e2m1 value times a power of two fits a bf16, denormals too. Triton 3.6's interpreter gets
-    those wrong, so there the same values stay f32.
+    Exact: an e2m1 value times a power of two fits a bf16, denormals too.
     """
     # Low nibble = even k: joined on a new last axis and flattened, the codes are in the order of k.
     codes = tl.join(packed & 0xF, packed >> 4)
     values = e2m1_to_f32(codes).reshape(BLOCK_N, BLOCK_K // 32, 32)
     scaled = (values * e8m0_to_f32(scale)[:, :, None]).reshape(BLOCK_N, BLOCK_K)
-    return scaled if INTERPRETED else scaled.to(tl.bfloat16)
-
-
-@triton.jit
-def round_bf16(x, INTERPRETED: tl.constexpr):
-    """f32 → bf16, to nearest even. Triton 3.6's interpreter truncates, so there it is done by bits."""
-    if INTERPRETED:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(x == x, rounded, 0x7FC0)
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(tl.bfloat16)
-
-
-@triton.jit
-def dot_bf16(a, b, acc, INTERPRETED: tl.constexpr):
-    """acc + a·b with bf16 operands. Triton 3.6's interpreter multiplies their bits, so there it is done in f32."""
-    if INTERPRETED:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b, acc)
+    return scaled.to(tl.bfloat16)

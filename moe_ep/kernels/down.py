@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moe_ep.kernels.decode import dequantise, dot_bf16
+from moe_ep.kernels.decode import dequantise
 
 
 @triton.jit
@@ -21,7 +21,6 @@ def down_kernel(
     HIDDEN: tl.constexpr,
     INTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,  # routes of one expert
     BLOCK_N: tl.constexpr,  # hidden features
     BLOCK_K: tl.constexpr,  # intermediate features a step, a multiple of 32
@@ -54,7 +53,7 @@ def down_kernel(
         s_mask = n_mask[:, None] & (scale_block < INTER // 32)[None, :]
         w2 = tl.load(w2_ptr + row[:, None] * (INTER // 2) + pair[None, :], mask=w_mask, other=0)
         s2 = tl.load(scale_ptr + row[:, None] * (INTER // 32) + scale_block[None, :], mask=s_mask, other=0)
-        acc = dot_bf16(h, dequantise(w2, s2, INTERPRETED, BLOCK_N, BLOCK_K).T, acc, INTERPRETED)
+        acc = tl.dot(h, dequantise(w2, s2, BLOCK_N, BLOCK_K).T, acc)
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + row, mask=n_mask, other=0.0)[None, :]

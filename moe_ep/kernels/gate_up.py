@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moe_ep.kernels.decode import dequantise, dot_bf16, round_bf16
+from moe_ep.kernels.decode import dequantise
 
 
 @triton.jit
@@ -23,7 +23,6 @@ def gate_up_kernel(
     INTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,  # routes of one expert
     BLOCK_N: tl.constexpr,  # intermediate features
     BLOCK_K: tl.constexpr,  # hidden features a step, a multiple of 32
@@ -61,8 +60,8 @@ def gate_up_kernel(
         w3 = tl.load(w13_ptr + up_row[:, None] * (HIDDEN // 2) + pair[None, :], mask=w_mask, other=0)
         s1 = tl.load(scale_ptr + gate_row[:, None] * (HIDDEN // 32) + scale_block[None, :], mask=s_mask, other=0)
         s3 = tl.load(scale_ptr + up_row[:, None] * (HIDDEN // 32) + scale_block[None, :], mask=s_mask, other=0)
-        gate = dot_bf16(x, dequantise(w1, s1, INTERPRETED, BLOCK_N, BLOCK_K).T, gate, INTERPRETED)
-        up = dot_bf16(x, dequantise(w3, s3, INTERPRETED, BLOCK_N, BLOCK_K).T, up, INTERPRETED)
+        gate = tl.dot(x, dequantise(w1, s1, BLOCK_N, BLOCK_K).T, gate)
+        up = tl.dot(x, dequantise(w3, s3, BLOCK_N, BLOCK_K).T, up)
 
     if HAS_BIAS:
         gate += tl.load(bias_ptr + gate_row, mask=n_mask, other=0.0)[None, :]
@@ -74,4 +73,4 @@ def gate_up_kernel(
         up = tl.maximum(up, -swiglu_limit, propagate_nan=tl.PropagateNan.ALL)
     h = gate * tl.sigmoid(gate) * up
     h_mask = row_mask[:, None] & n_mask[None, :]
-    tl.store(h_ptr + position.to(tl.int64)[:, None] * INTER + n[None, :], round_bf16(h, INTERPRETED), mask=h_mask)
+    tl.store(h_ptr + position.to(tl.int64)[:, None] * INTER + n[None, :], h.to(tl.bfloat16), mask=h_mask)

@@ -1,7 +1,7 @@
 """The Triton device: a kernel launched on CPU tensors is compiled for gfx942 and its machine code is executed."""
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import addressof, c_char
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from tests.gfx942.assembly import parse
+from tests.gfx942.assembly import Program, parse
 from tests.gfx942.faults import Fault
 from tests.gfx942.machine import LDS_BYTES, Execution, Grid, Machine
 from tests.gfx942.memory import Memory
@@ -37,6 +37,8 @@ class Chip:
     read_only: list[Tensor] = field(default_factory=list)
     limit: int = 5_000_000
     """Instructions that a batch of waves may take."""
+    rewrite: Callable[[Program], Program] | None = None
+    """Changes each program before it runs: what a test is worth shows in programs that are wrong."""
 
     def protect(self, *tensors: Tensor | None) -> None:
         """Make a store to these tensors a fault."""
@@ -44,8 +46,9 @@ class Chip:
 
 
 @lru_cache(maxsize=256)
-def _machine(path: Path) -> Machine:
-    return Machine(parse(path.read_text()))
+def _machine(path: Path, rewrite: Callable[[Program], Program] | None) -> Machine:
+    program = parse(path.read_text())
+    return Machine(rewrite(program) if rewrite else program)
 
 
 @contextmanager
@@ -104,7 +107,7 @@ class _Launcher:
             for name, value in zip(self.names, arguments, strict=True)
             if self.signature[name] != "constexpr"
         ]
-        machine = _machine(_assembly_paths[self.metadata.hash])
+        machine = _machine(_assembly_paths[self.metadata.hash], chip.rewrite)
         block = _kernarg(machine.program.metadata[".args"], passed)
         memory = Memory()
         held = (c_char * len(block)).from_buffer(block)

@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_ep import fused_moe_mxfp4
 from moe_ep.mxfp4 import dequantise, quantise
 from moe_ep.placement import Placement
+from tests.moe_ep.ways import Way, call, impl_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,13 @@ def by_formula(experts: Experts, tokens: Tokens, *, limit: float | None = 10.0, 
     return out
 
 
-def partial(
+def partial(experts: Experts, tokens: Tokens, way: Way, **options: Any) -> Tensor:
+    """One rank's partial f32 [M, H], computed this way; `experts` are all of the layer. Options as of `_partial`."""
+    out: Tensor = call(way, _partial, experts, tokens, impl_of(way), **options)
+    return out
+
+
+def _partial(
     experts: Experts,
     tokens: Tokens,
     impl: str,
@@ -90,7 +97,6 @@ def partial(
     limit: float | None = 10.0,
     expert_map: Tensor | None = None,
 ) -> Tensor:
-    """One rank's partial f32 [M, H]; `experts` are all of the layer."""
     placement = Placement(experts.w13.shape[0], ep_size)
     held = experts.rows(placement.experts(ep_rank))
     if expert_map is None:

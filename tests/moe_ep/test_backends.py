@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -10,13 +9,20 @@ from moe_ep.selector import detect_arch, select_backend
 from moe_ep.shape import ModelShape
 from moe_ep.spec import MoELayerSpec, Mxfp4Config, SwigluArg, TopKOutput
 from tests.moe_ep.experts import Experts, Tokens, by_formula, make_experts, make_tokens, relative_error
+from tests.moe_ep.ways import Way, arch_of, call, every_way, impl_of
 
 SHAPE = ModelShape(hidden=64, intermediate=64, layers=1, experts=4, top_k=3, vocab=8)
 
 
-def run(spec: MoELayerSpec, held: Experts, batch: Tokens, impl: str, limit: float | None = 10.0) -> Tensor:
-    """The partial of a rank that holds `held`, by the calls that an engine makes."""
-    backend = select_backend(spec, Mxfp4Config(), arch=detect_arch(), impl=impl)
+def run(spec: MoELayerSpec, held: Experts, batch: Tokens, way: Way, limit: float | None = 10.0) -> Tensor:
+    """The partial of a rank that holds `held`, computed this way."""
+    out: Tensor = call(way, _run, spec, held, batch, impl_of(way), arch_of(way), limit)
+    return out
+
+
+def _run(spec: MoELayerSpec, held: Experts, batch: Tokens, impl: str, arch: str | None, limit: float | None) -> Tensor:
+    """By the calls that an engine makes."""
+    backend = select_backend(spec, Mxfp4Config(), arch=arch or detect_arch(), impl=impl)
     layer = nn.Module()
     layer.swiglu_arg = SwigluArg(limit=limit)  # type: ignore[assignment]  # an engine's layer has such attributes
     with batch.x.device:
@@ -54,28 +60,28 @@ def column_slice(experts: Experts, tp_rank: int) -> Experts:
     )
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton_kernel"])
-def test_the_interface_computes_the_formula_in_the_type_of_the_tokens(impl: str, device: torch.device) -> None:
+@every_way
+def test_the_interface_computes_the_formula_in_the_type_of_the_tokens(way: Way, device: torch.device) -> None:
     experts = make_experts(4, 64, 64, device, bias=True)
     batch = make_tokens(5, 64, 4, 3, device)
-    got = run(MoELayerSpec.of_rank(SHAPE, 0, 0, 1), experts, batch, impl, limit=0.7)
+    got = run(MoELayerSpec.of_rank(SHAPE, 0, 0, 1), experts, batch, way, limit=0.7)
     assert got.dtype == torch.bfloat16
     assert relative_error(got, by_formula(experts, batch, limit=0.7)) < 1e-2
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton_kernel"])
-def test_a_layer_without_a_limit_is_not_clamped(impl: str, device: torch.device) -> None:
+@every_way
+def test_a_layer_without_a_limit_is_not_clamped(way: Way, device: torch.device) -> None:
     experts = make_experts(4, 64, 64, device)
     batch = make_tokens(5, 64, 4, 3, device)
     batch = replace(batch, x=batch.x * 50)
-    got = run(MoELayerSpec.of_rank(SHAPE, 0, 0, 1), experts, batch, impl, limit=None)
+    got = run(MoELayerSpec.of_rank(SHAPE, 0, 0, 1), experts, batch, way, limit=None)
     assert relative_error(got, by_formula(experts, batch, limit=None)) < 1e-2
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton_kernel"])
-def test_tensor_parallel_slices_add_up_and_the_down_bias_counts_on_one_rank(impl: str, device: torch.device) -> None:
+@every_way
+def test_tensor_parallel_slices_add_up_and_the_down_bias_counts_on_one_rank(way: Way, device: torch.device) -> None:
     experts = make_experts(4, 64, 64, device, bias=True)
     batch = make_tokens(5, 64, 4, 3, device)
     spec = MoELayerSpec.of_rank(SHAPE, 0, 0, 1)
-    partials = [run(replace(spec, tp_rank=r, tp_size=2), column_slice(experts, r), batch, impl) for r in range(2)]
+    partials = [run(replace(spec, tp_rank=r, tp_size=2), column_slice(experts, r), batch, way) for r in range(2)]
     assert relative_error(partials[0].float() + partials[1].float(), by_formula(experts, batch)) < 1e-2

@@ -14,10 +14,10 @@ def test_the_kernels_can_be_captured_and_replayed_on_other_tokens(device: torch.
     first, second = (make_tokens(33, 256, 10, 6, device, seed) for seed in range(2))
     held = experts.rows(range(4))
     fixed = Tokens(*(t.clone() for t in vars(first).values()))
-    partial(held, fixed, "triton_kernel", expert_map=expert_map)  # compiles
+    partial(held, fixed, "cuda", expert_map=expert_map)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = partial(held, fixed, "triton_kernel", expert_map=expert_map)
+        out = partial(held, fixed, "cuda", expert_map=expert_map)
     for batch in (first, second):
         for name, tensor in vars(batch).items():
             getattr(fixed, name).copy_(tensor)
@@ -30,5 +30,5 @@ def test_v4_sized_experts_agree_with_the_reference(tokens: int, device: torch.de
     experts = make_experts(6, 4096, 2048, device, bias=True)
     batch = make_tokens(tokens, 4096, 8, 6, device)
     expert_map = torch.tensor([0, 1, 2, 3, 4, 5, -1, -1], dtype=torch.int32, device=device)
-    got = partial(experts, batch, "triton_kernel", expert_map=expert_map)
+    got = partial(experts, batch, "cuda", expert_map=expert_map)
     assert relative_error(got, partial(experts, batch, "reference", expert_map=expert_map)) < 4e-3

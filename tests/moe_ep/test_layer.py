@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from moe_ep.shape import ModelShape
 from moe_ep.spec import MoELayerSpec, Mxfp4Config
 from moe_ep.synthetic import write_checkpoint
 from tests.moe_ep.experts import relative_error
+from tests.moe_ep.ways import CPU_WAYS, Way, arch_of, impl_of, interpreting, running
 
 HASH, NORMAL = 0, 1
 SHAPE = ModelShape(
@@ -43,15 +45,15 @@ def tokens(count: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, SHAPE.vocab, (count,), generator=generator)
 
 
-def layer_of(path: Path, number: int, rank: int, world: int, impl: str) -> tuple[Checkpoint, MoELayer]:
+def layer_of(path: Path, number: int, rank: int, world: int, way: Way) -> tuple[Checkpoint, MoELayer]:
     checkpoint = Checkpoint.open(path)
     spec = MoELayerSpec.of_rank(checkpoint.shape, number, rank, world)
-    backend = select_backend(spec, Mxfp4Config(), arch="cpu", impl=impl)
+    backend = select_backend(spec, Mxfp4Config(), arch=arch_of(way) or "cpu", impl=impl_of(way))
     return checkpoint, load_layer(checkpoint, number, backend, combine_for(world), torch.device("cpu"))
 
 
 def _start(rank: int, world: int, store: str, work: Callable[..., None], args: tuple[object, ...]) -> None:
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "1"}  # on the CPU, GPU or not
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     work(rank, world, *args)
@@ -60,15 +62,17 @@ def _start(rank: int, world: int, store: str, work: Callable[..., None], args: t
 
 def on_ranks(world: int, store: Path, work: Callable[..., None], *args: object) -> None:
     """Run `work(rank, world, *args)` in `world` processes; a failure in one is a failure here."""
-    spawn(_start, (world, str(store), work, args), nprocs=world)
+    with interpreting() if "interpreter" in args else nullcontext():
+        spawn(_start, (world, str(store), work, args), nprocs=world)
 
 
-def equals_the_dense_reference(rank: int, world: int, path: Path) -> None:
+def equals_the_dense_reference(rank: int, world: int, path: Path, way: Way) -> None:
     for number in (HASH, NORMAL):
-        checkpoint, layer = layer_of(path, number, rank, world, "triton_kernel")
-        for count in (0, 1, 7):
+        checkpoint, layer = layer_of(path, number, rank, world, way)
+        for count in (0, 1, 7, 33):
             x, token_ids = tokens(count)
-            out = layer(x, token_ids)
+            with running(way):
+                out = layer(x, token_ids)
             assert out.dtype == torch.bfloat16
             assert out.shape == (count, SHAPE.hidden)
             if count:
@@ -79,8 +83,11 @@ def equals_the_dense_reference(rank: int, world: int, path: Path) -> None:
             assert all(torch.equal(out, other) for other in everybodys), "all ranks hold the same result"
 
 
-def test_three_ranks_with_uneven_experts_equal_the_dense_reference(path: Path, tmp_path: Path) -> None:
-    on_ranks(3, tmp_path / "store", equals_the_dense_reference, path)
+@pytest.mark.parametrize("way", CPU_WAYS)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_layer_over_ranks_equals_the_dense_reference(world: int, way: Way, path: Path, tmp_path: Path) -> None:
+    # 10 experts: over 4 ranks they are uneven.
+    on_ranks(world, tmp_path / "store", equals_the_dense_reference, path, way)
 
 
 def enters_the_combine_without_work(rank: int, world: int, path: Path) -> None:
