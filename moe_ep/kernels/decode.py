@@ -1,4 +1,4 @@
-"""Device functions: mxfp4 to bf16."""
+"""Device functions: reading mxfp4, and mxfp4 to bf16."""
 
 import triton
 import triton.language as tl
@@ -36,3 +36,20 @@ def dequantise(packed, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     values = e2m1_to_f32(codes).reshape(BLOCK_N, BLOCK_K // 32, 32)
     scaled = (values * e8m0_to_f32(scale)[:, :, None]).reshape(BLOCK_N, BLOCK_K)
     return scaled.to(tl.bfloat16)
+
+
+@triton.jit
+def load_scales(scale_ptr, row, row_mask, start, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """e8m0 codes [BLOCK_N, BLOCK_K/32] of rows `row` from element `start` of K on; 0 outside.
+
+    WIDTH is K. The trick: four codes are one dword, so a lane loads a dword a row and takes it apart, where K allows;
+    a byte a lane would cost as many requests as the weights themselves.
+    """
+    COUNT: tl.constexpr = BLOCK_K // 32
+    if COUNT == 4 and WIDTH % 128 == 0:
+        words_ptr = scale_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+        words = tl.load(words_ptr + row * (WIDTH // 128) + start // 128, mask=row_mask, other=0)
+        return ((words[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 0xFF).to(tl.uint8)
+    block = start // 32 + tl.arange(0, COUNT)
+    mask = row_mask[:, None] & (block < WIDTH // 32)[None, :]
+    return tl.load(scale_ptr + row[:, None] * (WIDTH // 32) + block[None, :], mask=mask, other=0)

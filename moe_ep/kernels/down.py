@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moe_ep.kernels.decode import dequantise
+from moe_ep.kernels.decode import dequantise, load_scales
 
 
 @triton.jit
@@ -42,17 +42,14 @@ def down_kernel(
 
     k = tl.arange(0, BLOCK_K)
     k_pair = tl.arange(0, BLOCK_K // 2)
-    k_block = tl.arange(0, BLOCK_K // 32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, INTER, BLOCK_K):
         h_mask = row_mask[:, None] & (start + k < INTER)[None, :]
         h = tl.load(h_ptr + position.to(tl.int64)[:, None] * INTER + (start + k)[None, :], mask=h_mask, other=0.0)
         pair = start // 2 + k_pair
-        scale_block = start // 32 + k_block
         w_mask = n_mask[:, None] & (pair < INTER // 2)[None, :]
-        s_mask = n_mask[:, None] & (scale_block < INTER // 32)[None, :]
         w2 = tl.load(w2_ptr + row[:, None] * (INTER // 2) + pair[None, :], mask=w_mask, other=0)
-        s2 = tl.load(scale_ptr + row[:, None] * (INTER // 32) + scale_block[None, :], mask=s_mask, other=0)
+        s2 = load_scales(scale_ptr, row, n_mask, start, INTER, BLOCK_K)
         acc = tl.dot(h, dequantise(w2, s2, BLOCK_N, BLOCK_K).T, acc)
 
     if HAS_BIAS:

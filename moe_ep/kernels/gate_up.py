@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moe_ep.kernels.decode import dequantise
+from moe_ep.kernels.decode import dequantise, load_scales
 
 
 @triton.jit
@@ -46,20 +46,17 @@ def gate_up_kernel(
 
     k = tl.arange(0, BLOCK_K)
     k_pair = tl.arange(0, BLOCK_K // 2)
-    k_block = tl.arange(0, BLOCK_K // 32)
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, HIDDEN, BLOCK_K):
         x_mask = row_mask[:, None] & (start + k < HIDDEN)[None, :]
         x = tl.load(x_ptr + token.to(tl.int64)[:, None] * HIDDEN + (start + k)[None, :], mask=x_mask, other=0.0)
         pair = start // 2 + k_pair
-        scale_block = start // 32 + k_block
         w_mask = n_mask[:, None] & (pair < HIDDEN // 2)[None, :]
-        s_mask = n_mask[:, None] & (scale_block < HIDDEN // 32)[None, :]
         w1 = tl.load(w13_ptr + gate_row[:, None] * (HIDDEN // 2) + pair[None, :], mask=w_mask, other=0)
         w3 = tl.load(w13_ptr + up_row[:, None] * (HIDDEN // 2) + pair[None, :], mask=w_mask, other=0)
-        s1 = tl.load(scale_ptr + gate_row[:, None] * (HIDDEN // 32) + scale_block[None, :], mask=s_mask, other=0)
-        s3 = tl.load(scale_ptr + up_row[:, None] * (HIDDEN // 32) + scale_block[None, :], mask=s_mask, other=0)
+        s1 = load_scales(scale_ptr, gate_row, n_mask, start, HIDDEN, BLOCK_K)
+        s3 = load_scales(scale_ptr, up_row, n_mask, start, HIDDEN, BLOCK_K)
         gate = tl.dot(x, dequantise(w1, s1, BLOCK_N, BLOCK_K).T, gate)
         up = tl.dot(x, dequantise(w3, s3, BLOCK_N, BLOCK_K).T, up)
 

@@ -26,7 +26,7 @@ def choose(routes: int, num_experts: int) -> LaunchConfig:
         return LaunchConfig(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=2)
     if likely <= 32:
         return LaunchConfig(block_m=32, block_n=64, block_k=128, num_warps=4, num_stages=2)
-    return LaunchConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=2)
+    return LaunchConfig(block_m=64, block_n=64, block_k=128, num_warps=4, num_stages=2)
 
 
 def interpreted() -> bool:

@@ -29,12 +29,29 @@ _assembly_paths: dict[str, Path] = {}
 """Where Triton put the assembly of each kernel that it loaded, by the kernel's hash."""
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel that was launched: what it was compiled with, what the compiler made, and what it did.
+
+    `constants` are the constexpr arguments by name. `execution` is None where the chip only compiles.
+    """
+
+    program: Program
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    lds_bytes: int
+    execution: Execution | None
+
+
 @dataclass
 class Chip:
     """The device while it is active: what was launched on it, and which tensors no kernel may write."""
 
-    launches: list[Execution] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
     read_only: list[Tensor] = field(default_factory=list)
+    executes: bool = True
+    """Whether kernels run; else they are compiled and recorded, and memory stays as it is."""
     limit: int = 5_000_000
     """Instructions that a batch of waves may take."""
     rewrite: Callable[[Program], Program] | None = None
@@ -87,6 +104,11 @@ class _Launcher:
         self.signature: dict[str, str] = src.signature
         self.names: Sequence[str] = src.fn.arg_names
         self.metadata = metadata
+        self.constants = {
+            self.names[path[0]]: value
+            for path, value in src.constants.items()
+            if self.signature.get(self.names[path[0]]) == "constexpr"
+        }
 
     def __call__(
         self,
@@ -108,6 +130,22 @@ class _Launcher:
             if self.signature[name] != "constexpr"
         ]
         machine = _machine(_assembly_paths[self.metadata.hash], chip.rewrite)
+        execution = self._execute(machine, Grid(x, y, z, self.metadata.num_warps), passed, chip)
+        launch = Launch(
+            machine.program,
+            self.constants,
+            self.metadata.num_warps,
+            self.metadata.num_stages,
+            self.metadata.shared,
+            execution,
+        )
+        chip.launches.append(launch)
+
+    def _execute(
+        self, machine: Machine, grid: Grid, passed: list[tuple[str, str, Any]], chip: Chip
+    ) -> Execution | None:
+        if not chip.executes:
+            return None
         block = _kernarg(machine.program.metadata[".args"], passed)
         memory = Memory()
         held = (c_char * len(block)).from_buffer(block)
@@ -115,14 +153,7 @@ class _Launcher:
         for name, _, value in passed:
             if isinstance(value, Tensor):
                 _add_tensor(memory, name, value, chip)
-        execution = machine.run(
-            Grid(x, y, z, self.metadata.num_warps),
-            memory,
-            kernarg=addressof(held),
-            lds_bytes=self.metadata.shared,
-            limit=chip.limit,
-        )
-        chip.launches.append(execution)
+        return machine.run(grid, memory, kernarg=addressof(held), lds_bytes=self.metadata.shared, limit=chip.limit)
 
 
 def _add_tensor(memory: Memory, name: str, tensor: Tensor, chip: Chip) -> None:

@@ -5,7 +5,7 @@ import zlib
 
 from tests.gfx942.statements import f16_bits, f32_bits
 
-_INT32 = [0, 1, 2, 3, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFF, 0x800000, 0xFFFFFF,
+_INT32 = [0, 1, 2, 3, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0x80007FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFF, 0x800000, 0xFFFFFF,
           0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFE, 0xFFFFFFFF]  # fmt: skip
 _FLOATS = [0.0, -0.0, 1.0, -1.0, 1.5, 2.5, -2.5, 0.1, 3.0, 6.0, 1e-3, -7.25, 100.0, 1e10, -1e10, 3e38, 2.0**-126,
            -(2.0**-126), 2.0**-130, 2.0**-149, float("inf"), float("-inf"), float("nan"), 65504.0, 65520.0, -65519.0,
@@ -27,17 +27,25 @@ EDGES: dict[str, list[int]] = {
 
 
 def bit_patterns(kinds: list[str], count: int, seed: str) -> list[list[int]]:
-    """`count` tuples, transposed: a list for each kind. Half of the numbers are edges."""
+    """`count` tuples, transposed: a list for each kind. Half of the numbers are edges, some tuples are of equals."""
     rng = random.Random(zlib.crc32(seed.encode()))
     rows = [[_draw(kind, rng) for kind in kinds] for _ in range(count)]
+    for row in rows:
+        roll = rng.random()
+        if len(set(kinds)) == 1 and len(kinds) > 1 and roll < 0.2:  # equal, or equal but for the highest bit
+            row[1] = row[0] ^ (1 << (_width(kinds[0]) - 1) if roll < 0.1 else 0)
     return [list(column) for column in zip(*rows, strict=True)] if kinds else []
+
+
+def _width(kind: str) -> int:
+    return {"f16x2": 32, "f32x2": 64, "bytes": 32}.get(kind) or int(kind[1:])
 
 
 def _draw(kind: str, rng: random.Random) -> int:
     if kind in ("f16x2", "f32x2"):
         width = 16 if kind == "f16x2" else 32
         return _draw(kind[:3], rng) | _draw(kind[:3], rng) << width
-    width = 32 if kind == "bytes" else int(kind[1:])
+    width = _width(kind)
     roll = rng.random()
     if roll < 0.5:
         return rng.choice(EDGES[kind])

@@ -74,7 +74,9 @@ def test_a_matrix_product_of_every_type(dtype: torch.dtype, tile: tuple[int, int
             a, b, c, 2 * block_n, 128, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps
         )
     torch.testing.assert_close(c, a.float() @ b.float().T, rtol=1e-5, atol=1e-4)
-    assert any(opcode.startswith("v_mfma") for opcode in chip.launches[0].executed)
+    did = chip.launches[0].execution
+    assert did is not None
+    assert any(opcode.startswith("v_mfma") for opcode in did.executed)
 
 
 def gluon_product() -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +135,7 @@ def test_a_protected_tensor_may_be_read_but_not_written() -> None:
 def test_a_kernel_that_never_ends_is_stopped() -> None:
     with emulated() as chip:
         chip.limit = 10_000
-        with pytest.raises(Runaway, match="wait_for_ever, .* more than 10000 instructions"):
+        with pytest.raises(Runaway, match=r"wait_for_ever, .* more than 10000 instructions"):
             kernels.wait_for_ever[(1,)](torch.zeros(1, dtype=torch.int32))
 
 
@@ -142,9 +144,20 @@ def test_what_a_launch_did_is_counted() -> None:
     with emulated() as chip:
         kernels.copy[(4,)](x, y, 1000, BLOCK=256, num_warps=4)
     (launch,) = chip.launches
-    assert (launch.program, launch.grid.x, launch.grid.waves) == ("copy", 4, 4)
-    assert launch.loaded["x_ptr"] == launch.stored["y_ptr"] == 4000
-    assert launch.executed["s_endpgm"] == 16
+    did = launch.execution
+    assert did is not None
+    assert (launch.program.name, launch.constants, did.grid.x, did.grid.waves) == ("copy", {"BLOCK": 256}, 4, 4)
+    assert did.loaded["x_ptr"] == did.stored["y_ptr"] == 4000
+    assert did.executed["s_endpgm"] == 16
+
+
+def test_a_chip_that_only_compiles_touches_no_memory() -> None:
+    x, y = torch.ones(1000), torch.zeros(1000)
+    with emulated() as chip:
+        chip.executes = False
+        kernels.copy[(4,)](x, y, 1000, BLOCK=256)
+    assert not y.any()
+    assert chip.launches[0].execution is None
 
 
 def test_the_device_before_is_back_after() -> None:

@@ -1,0 +1,136 @@
+"""What the compiler makes of the kernels for gfx942: the invariants, and the committed tables."""
+
+import re
+from collections import Counter
+
+import pytest
+import triton
+
+from tests.gfx942.assembly import parse
+from tests.gfx942.compiled import LDS_BYTES, Resources, classes, occupancy
+from tests.gfx942.configurations import SHAPES, WORKLOADS, RankShape, configurations, costs
+from tests.gfx942.cost import COMPUTE_UNITS, Cost, cost, mfma_cycles
+from tests.gfx942.tables import committed, compiled_rows
+
+GEMMS = ("gate_up_kernel", "down_kernel")
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
+def made(request: pytest.FixtureRequest) -> dict[str, Resources]:
+    shape: RankShape = request.param
+    return configurations(shape)
+
+
+def gemms(made: dict[str, Resources]) -> dict[str, Resources]:
+    return {key: value for key, value in made.items() if any(name in key for name in GEMMS)}
+
+
+def test_every_block_of_rows_is_chosen_for_some_number_of_tokens(made: dict[str, Resources]) -> None:
+    rows = {re.search(r"kernel (\d+)×", key)[1] for key in gemms(made)}  # type: ignore[index]
+    assert rows == {"16", "32", "64"}
+
+
+def test_nothing_is_spilled_and_lds_fits(made: dict[str, Resources]) -> None:
+    for key, value in made.items():
+        assert (value.spills, value.scratch) == (0, 0), key
+        assert value.lds <= LDS_BYTES, key
+        assert value.occupancy >= 1, key
+
+
+def test_weights_are_read_at_16_bytes_a_lane_and_scales_by_dwords(made: dict[str, Resources]) -> None:
+    for key, value in gemms(made).items():
+        assert set(value.loop_loads) == {4, 16}, key
+        scales = 2 if "gate_up" in key else 1
+        assert value.loop_loads[4] == scales, key
+
+
+def test_the_matrix_units_do_the_products_in_bf16(made: dict[str, Resources]) -> None:
+    for key, value in gemms(made).items():
+        assert set(value.mfma) <= {"f32_16x16x16_bf16", "f32_32x32x8_bf16"}, key
+        assert value.mfma, key
+
+
+def test_the_committed_table_is_what_the_compiler_makes() -> None:
+    version, rows = committed("compiled")
+    if version != triton.__version__:
+        pytest.skip(f"the table is of Triton {version}, this is {triton.__version__}")
+    assert compiled_rows() == rows, "run: python -m tests.gfx942 compiled --write, and commit what it changes"
+
+
+@pytest.mark.parametrize("workload", [w for w in WORKLOADS if w.name.startswith("narrow")], ids=lambda w: w.name)
+def test_the_committed_costs_are_those_that_are_counted(workload: object) -> None:
+    version, rows = committed("cost")
+    if version != triton.__version__:
+        pytest.skip(f"the table is of Triton {version}, this is {triton.__version__}")
+    for key, value in costs(workload).items():  # type: ignore[arg-type]
+        row = rows[f"{workload.name}: {key}"]  # type: ignore[attr-defined]
+        assert {name: row[name] for name in ("valu", "mfma", "lds", "vmem")} == {
+            "valu": value.valu, "mfma": value.mfma, "lds": value.lds, "vmem": value.vmem,
+        }, "run: python -m tests.gfx942 cost --write, and commit what it changes"  # fmt: skip
+
+
+def test_a_product_executes_the_matrix_instructions_that_its_shape_takes() -> None:
+    """Counted from the shape: 12 routes of two experts, each padded to 16 rows, by instructions of 16×16×16."""
+    workload = WORKLOADS[0]
+    by_kernel = {key.split()[0]: value for key, value in costs(workload).items()}
+    each = 16 * 16 * 16
+    gate_up = 2 * 16 * 2 * workload.inner * workload.hidden
+    assert by_kernel["gate_up_kernel"].mfma == gate_up // each
+    assert by_kernel["down_kernel"].mfma == gate_up // 2 // each
+
+
+@pytest.mark.parametrize(
+    ("vgpr", "agpr", "sgpr", "lds", "waves", "expected"),
+    [
+        (32, 0, 32, 0, 4, 8),  # nothing binds
+        (64, 0, 32, 0, 4, 8),
+        (65, 0, 32, 0, 4, 7),  # 72 registers
+        (128, 0, 32, 0, 4, 4),
+        (100, 28, 32, 0, 4, 4),
+        (101, 28, 32, 0, 4, 3),  # 104 + 28 = 132 → 136
+        (256, 256, 32, 0, 4, 1),
+        (32, 0, 102, 0, 4, 7),  # 112 scalars
+        (32, 0, 32, 65536, 4, 1),
+        (32, 0, 32, 20480, 4, 3),  # three workgroups of a wave a SIMD
+        (32, 0, 32, 20480, 8, 6),
+        (128, 0, 32, 0, 8, 4),
+        (256, 0, 32, 0, 8, 2),
+        (32, 0, 32, 32768, 1, 1),  # two waves on four SIMDs
+    ],
+)
+def test_occupancy_is_what_registers_and_lds_allow(
+    vgpr: int, agpr: int, sgpr: int, lds: int, waves: int, expected: int
+) -> None:
+    assert occupancy(vgpr, agpr, sgpr, lds, waves) == expected
+
+
+def test_matrix_instructions_take_the_cycles_of_the_data_sheet() -> None:
+    # 980.6 TFLOP/s of bf16 and 1961.2 of fp8 on 228 compute units at 2.1 GHz.
+    for opcode, flops, rate in (
+        ("v_mfma_f32_16x16x16_bf16", 2 * 16 * 16 * 16, 980.6e12),
+        ("v_mfma_f32_32x32x16_fp8_fp8", 2 * 32 * 32 * 16, 1961.2e12),
+    ):
+        a_second = COMPUTE_UNITS * 4 * 2.1e9 / mfma_cycles(opcode)
+        assert a_second * flops == pytest.approx(rate, rel=2e-3)
+
+
+def test_a_cost_adds_up_by_class_and_bounds_by_the_rates() -> None:
+    executed = Counter({"v_add_u32_e32": 100, "v_mfma_f32_16x16x16_bf16": 8, "ds_read_b128": 3, "s_nop": 5,
+                        "buffer_load_dwordx4": 2, "s_endpgm": 1})  # fmt: skip
+    assert classes(executed) == {"valu": 100, "mfma": 8, "lds": 3, "vmem": 2, "scalar": 6}
+    got = cost(executed, weights=3200, distinct_bytes=53)
+    assert got == Cost(100, 8, 3, 2, 6, 8 * 16, 3200, 53)
+    assert got.valu_per_weight == 2
+    assert got.bounds["hbm"] == pytest.approx(1e-11)
+    assert got.bounds["valu"] == pytest.approx(100 / (228 * 2.1e9))
+    assert got.bounds["mfma"] == pytest.approx(128 / (228 * 4 * 2.1e9))
+
+
+def test_loops_are_told_from_what_surrounds_them() -> None:
+    from tests.gfx942.compiled import _in_loops
+    from tests.gfx942.test_machine import KERNEL
+
+    text = KERNEL.format(x=16, y=0).replace("\tv_lshlrev", ".Lhere:\n\tv_lshlrev").replace(
+        "\ts_endpgm", "\ts_cbranch_scc1 .Lhere\n\ts_endpgm"
+    )  # fmt: skip
+    assert _in_loops(parse(text)) == [False, True, True, True, True, False]
