@@ -77,6 +77,6 @@ def combine_kernel(
     acc = tl.zeros((BLOCK_H,), dtype=tl.float32)
     for slot in tl.static_range(TOP_K):
         route = token * TOP_K + slot
-        local = tl.load(local_ids_ptr + route) >= 0
-        acc += tl.load(y_ptr + route * HIDDEN + n, mask=n_mask & local, other=0.0)
+        local_id = tl.load(local_ids_ptr + route + tl.zeros_like(n))
+        acc += tl.load(y_ptr + route * HIDDEN + n, mask=n_mask & (local_id >= 0), other=0.0)
     tl.store(out_ptr + token * HIDDEN + n, acc, mask=n_mask)

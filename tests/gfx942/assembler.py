@@ -5,6 +5,11 @@ import tempfile
 from pathlib import Path
 
 from triton._C.libtriton import amd, llvm
+from triton.backends.amd import compiler
+
+_assemble = (
+    getattr(compiler, "assemble_amdgcn", None) or amd.assemble_amdgcn
+)  # where it is since Triton 3.9, and before
 
 
 def assemble(lines: list[str]) -> None:
@@ -24,7 +29,7 @@ def _complaint(line: str) -> str:
         with path.open("wb") as file:
             os.dup2(file.fileno(), 2)
             try:
-                amd.assemble_amdgcn(f"\t{line}\n", "gfx942", "")
+                _assemble(f"\t{line}\n", "gfx942", "")
                 return path.read_text().strip()
             except RuntimeError as error:
                 return f"{path.read_text()} {error}".strip()

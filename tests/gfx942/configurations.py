@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_ep import fused_moe_mxfp4
 from moe_ep.placement import Placement
@@ -71,7 +71,7 @@ def _launch(shape: RankShape, tokens: int) -> None:
     )
 
 
-def _weights(local: int, hidden: int, inner: int) -> dict[str, Tensor]:
+def _weights(local: int, hidden: int, inner: int) -> dict[str, Any]:
     shapes = {
         "w13": (local, 2 * inner, hidden // 2),
         "w13_scale": (local, 2 * inner, hidden // 32),

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.gfx942.assembly import parse_instruction
-from tests.gfx942.mutation import change_register, opcode_mutants, program_mutants
+from tests.gfx942.mutation import change_register, opcode_mutants, program_mutants, skipped_mutants
 
 
 def test_every_opcode_that_does_something_else_is_noticed() -> None:
@@ -23,6 +23,11 @@ def test_a_changed_register_is_another_of_the_same_width() -> None:
         "v_pk_mul_f32 v[8:9], v[10:11], s[4:5]",
     }
     assert change_register(parse_instruction("s_nop 1"), rng) is None
+
+
+@pytest.mark.nightly
+def test_every_opcode_of_memory_lanes_and_matrices_that_does_nothing_is_noticed() -> None:
+    assert [m.opcode for m in skipped_mutants() if not m.killed] == []
 
 
 @pytest.mark.nightly
