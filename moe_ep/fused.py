@@ -7,9 +7,10 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from moe_ep.order import padded
 from moe_ep.placement import NOT_LOCAL
 from moe_ep.shape import MXFP4_BLOCK
-from moe_ep.weights import ExpertWeights
+from moe_ep.weights import ExpertWeights, Order
 
 _IMPLS = {
     "triton_kernel": "moe_ep.backends.triton_kernel",
@@ -31,6 +32,7 @@ def fused_moe_mxfp4(
     expert_map: Tensor | None = None,
     swiglu_limit: float | None = 10.0,
     activation_dtype: str = "bf16",
+    weight_order: Order = "checkpoint",
     impl: str = "auto",
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -54,6 +56,8 @@ def fused_moe_mxfp4(
         it is copied there at each call
     swiglu_limit: the clamp, None for none
     activation_dtype: "bf16"
+    weight_order: "checkpoint" as above, or "kernel" (`moe_ep.order`), which the kernels read; from "checkpoint" they
+        make a copy at each call, so for more than a try bring weights into kernel order once, as the backend does
     impl: "triton_kernel", "reference", or "auto": the kernels where they run, else the reference
     out_dtype: of the result; None for that of hidden_states
 
@@ -66,7 +70,9 @@ def fused_moe_mxfp4(
     ValueError, TypeError
         If a shape, dtype or device does not fit; names the argument.
     """
-    _check(hidden_states, w13, w13_scale, w2, w2_scale, topk_ids, topk_weights, b13, b2, expert_map)
+    if weight_order not in ("checkpoint", "kernel"):
+        raise ValueError(f"weight_order is {weight_order!r}; there are 'checkpoint' and 'kernel'")
+    _check(hidden_states, w13, w13_scale, w2, w2_scale, topk_ids, topk_weights, b13, b2, expert_map, weight_order)
     if swiglu_limit is not None and not 0 < swiglu_limit < math.inf:
         raise ValueError(f"swiglu_limit is {swiglu_limit!r}, expected a finite number above 0, or None")
     if out_dtype is not None and not out_dtype.is_floating_point:
@@ -80,6 +86,7 @@ def fused_moe_mxfp4(
         w2_scale.view(torch.uint8).contiguous(),
         None if b13 is None else b13.float().contiguous(),
         None if b2 is None else b2.float().contiguous(),
+        weight_order,
     )
     experts: Callable[..., Tensor] = import_module(_IMPLS[_resolve(impl, hidden_states)]).experts
     out = experts(
@@ -125,6 +132,7 @@ def _check(
     b13: Tensor | None,
     b2: Tensor | None,
     expert_map: Tensor | None,
+    order: Order,
 ) -> None:
     if x.dim() != 2 or w13.dim() != 3:
         raise ValueError(f"hidden_states {list(x.shape)} must be [M, H] and w13 {list(w13.shape)} [L, 2I, H/2]")
@@ -134,11 +142,12 @@ def _check(
         raise ValueError(f"H = {hidden} and I = {inner} must be multiples of {MXFP4_BLOCK}, the mxfp4 block")
     if topk_ids.dim() != 2:
         raise ValueError(f"topk_ids {list(topk_ids.shape)} must be [M, k]")
+    k13, k2 = (padded(k) if order == "kernel" else k for k in (hidden, inner))
     expected = {
-        "w13": (w13, (local, 2 * inner, hidden // 2)),
-        "w13_scale": (w13_scale, (local, 2 * inner, hidden // MXFP4_BLOCK)),
-        "w2": (w2, (local, hidden, inner // 2)),
-        "w2_scale": (w2_scale, (local, hidden, inner // MXFP4_BLOCK)),
+        "w13": (w13, (local, 2 * inner, k13 // 2)),
+        "w13_scale": (w13_scale, (local, 2 * inner, k13 // MXFP4_BLOCK)),
+        "w2": (w2, (local, hidden, k2 // 2)),
+        "w2_scale": (w2_scale, (local, hidden, k2 // MXFP4_BLOCK)),
         "topk_ids": (topk_ids, (tokens, topk_ids.shape[1])),
         "topk_weights": (topk_weights, (tokens, topk_ids.shape[1])),
         "b13": (b13, (local, 2 * inner)),

@@ -146,6 +146,7 @@ class Mxfp4Backend(MoEBackend):
             b2=getattr(layer, "w2_weight_bias", None) if self.spec.tp_rank == 0 else None,
             expert_map=_tensor(layer, "expert_map"),
             swiglu_limit=getattr(getattr(layer, "swiglu_arg", None), "limit", None),
+            weight_order=getattr(layer, "weight_order", "checkpoint"),
             impl=self.impl,
             out_dtype=getattr(layer, "partial_dtype", None),
         )

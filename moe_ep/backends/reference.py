@@ -36,10 +36,11 @@ def experts(
         token, slot = (local_ids == e).nonzero(as_tuple=True)
         if token.numel() == 0:
             continue
+        w13, w13_scale, w2, w2_scale = weights.expert(e)
         y = expert(
             hidden[token],
-            dequantise(weights.w13[e], weights.w13_scale[e]),
-            dequantise(weights.w2[e], weights.w2_scale[e]),
+            dequantise(w13, w13_scale),
+            dequantise(w2, w2_scale),
             None if weights.b13 is None else weights.b13[e],
             None if weights.b2 is None else weights.b2[e],
             swiglu_limit,

@@ -1,14 +1,16 @@
 """The experts as Triton kernels: sort the routes, two grouped GEMMs, combine."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from triton.runtime import driver
 
 from moe_ep.backends.base import Mxfp4Backend
 from moe_ep.dispatch import plan_routes
+from moe_ep.kernels.decode import ACTIVATION_SHIFT
 from moe_ep.kernels.down import combine_kernel, down_kernel
 from moe_ep.kernels.gate_up import gate_up_kernel
-from moe_ep.kernels.launch import choose, interpreted
+from moe_ep.kernels.launch import Target, choose, interpreted
+from moe_ep.order import order_in_place, pad_scales
 from moe_ep.weights import ExpertWeights
 
 _COMBINE_BLOCK = 1024
@@ -23,6 +25,11 @@ def runs_on(device: torch.device) -> bool:
     except RuntimeError:  # no driver found a device
         return False
     return active.type == device.type
+
+
+def _target() -> Target:
+    """What Triton compiles for; the interpreter takes what AMD's GPUs take."""
+    return "cuda" if not interpreted() and driver.active.get_current_target().backend == "cuda" else "hip"
 
 
 def experts(
@@ -46,7 +53,9 @@ def experts(
             "moe_ep's kernels are imported (Triton's interpreter), or use impl 'reference'"
         )
 
-    tile = choose(routes, num_experts)
+    weights = weights.in_kernel_order()
+    target = _target()
+    tile = choose(routes, num_experts, target)
     plan = plan_routes(local_ids, weights.count, tile.block_m)
     blocks = (plan.route, plan.block_expert, plan.block_start, plan.block_end)
     options = {
@@ -54,14 +63,17 @@ def experts(
         "INTER": inner,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
+        "DECODE": "ptx" if target == "cuda" else "bits",
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
 
+    shifted = x * 2.0**ACTIVATION_SHIFT
+    w13, w2 = weights.w13.view(torch.uint16), weights.w2.view(torch.uint16)
+    s13, s2 = weights.w13_scale.view(torch.uint32), weights.w2_scale.view(torch.uint32)
     h = x.new_empty(routes, inner)
     gate_up_kernel[(plan.block_expert.numel() * -(-inner // tile.block_n),)](
-        *(x, weights.w13, weights.w13_scale, x if weights.b13 is None else weights.b13, h),
+        *(shifted, w13, s13, x if weights.b13 is None else weights.b13, h),
         *blocks,
         0.0 if swiglu_limit is None else float(swiglu_limit),
         TOP_K=top_k,
@@ -71,7 +83,7 @@ def experts(
     )
     y = x.new_empty(routes, hidden, dtype=torch.float32)
     down_kernel[(plan.block_expert.numel() * -(-hidden // tile.block_n),)](
-        *(h, weights.w2, weights.w2_scale, x if weights.b2 is None else weights.b2, topk_weights, y),
+        *(h, w2, s2, x if weights.b2 is None else weights.b2, topk_weights, y),
         *blocks,
         HAS_BIAS=weights.b2 is not None,
         **options,
@@ -87,6 +99,16 @@ class TritonKernelBackend(Mxfp4Backend):
     """Grouped Triton GEMMs on any GPU that Triton compiles for, and in its interpreter on a CPU."""
 
     impl = "triton_kernel"
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Put the codes in kernel order, in place where K is a multiple of 128."""
+        if getattr(layer, "weight_order", "checkpoint") == "kernel":
+            return
+        for name in ("w13_weight", "w2_weight"):
+            weight, scale = layer.get_parameter(name), layer.get_parameter(f"{name}_scale")
+            weight.data = order_in_place(weight.data)
+            scale.data = pad_scales(scale.data).contiguous()
+        layer.weight_order = "kernel"  # type: ignore[assignment]  # an attribute like swiglu_arg
 
     @classmethod
     def device_refusal(cls, arch: str) -> str | None:

@@ -1,55 +1,121 @@
-"""Device functions: reading mxfp4, and mxfp4 to bf16."""
+"""Device functions: weights in kernel order to bfloat16, and their scales.
+
+A weight comes out of its bits as value · 2^-126 (`moe_ep.order`). What makes it good is partly in its scale and partly
+in the activations, which the kernels get times 2^64 (`ACTIVATION_SHIFT`): then the products are of middle size in f32.
+
+    bits    any device: the f32 sum of each block is multiplied by 2^(scale code − 65)
+    ptx     NVIDIA: a packed bfloat16 product applies that to two weights at once, so that sums need no scale. Weights
+            under scales below 2^-68 lose bits, and then flush to zero.
+
+A scale of 2^66 and more overflows in both, to infinity and not to a wrong number; code 255 stays NaN.
+"""
 
 import triton
 import triton.language as tl
 
+ACTIVATION_SHIFT = 64
+"""Activations are multiplied by two to this power before the kernels read them."""
+
+
+_DECODE_PTX = tl.constexpr("""
+{
+.reg .b32 w, a, b;
+mov.b32 w, $4;
+and.b32 a, w, 0x81C081C0;
+mul.rn.bf16x2 $0, a, $5;
+shl.b32 a, w, 3;
+and.b32 a, a, 0x81C081C0;
+mul.rn.bf16x2 $1, a, $6;
+shl.b32 a, w, 6;
+and.b32 a, a, 0x81C081C0;
+mul.rn.bf16x2 $2, a, $7;
+shl.b32 a, w, 1;
+and.b32 a, a, 0x80008000;
+shr.b32 b, w, 5;
+lop3.b32 a, b, 0x01000100, a, 0xEA;
+shr.b32 b, w, 4;
+lop3.b32 a, b, 0x00C000C0, a, 0xEA;
+mul.rn.bf16x2 $3, a, $8;
+}
+""")
+
 
 @triton.jit
-def e8m0_to_f32(byte):
-    """2^(byte−127) by bits: byte 0 is the denormal 2^-127, byte 255 is NaN."""
-    byte = byte.to(tl.uint32)
-    bits = tl.where(byte == 0, 0x00400000, byte << 23)
-    bits = tl.where(byte == 255, 0x7FC00000, bits)
+def scale_f32(scales, BLOCK: tl.constexpr):
+    """2^(code−65) of block BLOCK (0…3) of a group: NaN for code 255, infinity from 193 on."""
+    code = (scales >> (8 * BLOCK)) & 0xFF
+    bits = tl.where(code == 255, 0x7FC00000, tl.minimum(code + 62, 255) << 23)
     return bits.to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def e2m1_to_f32(code):
-    """Value of e2m1 codes 0…15.
-
-    The trick: s·ee·m put into a half's sign, low exponent bits and top mantissa bit means the value
-    times 2^-14, for the subnormal codes too. No table, no branches.
-    """
-    code = code.to(tl.uint16)
-    bits = ((code & 8) << 12) | ((code & 7) << 9)
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+def scale_bf16(scales, BLOCK: tl.constexpr):
+    """The same as bf16."""
+    code = (scales >> (8 * BLOCK)) & 0xFF
+    bits = tl.where(code == 255, 0x7FC0, tl.minimum(code + 62, 255) << 7)
+    return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def dequantise(packed, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """bf16 [BLOCK_N, BLOCK_K] of packed uint8 [BLOCK_N, BLOCK_K/2] and e8m0 [BLOCK_N, BLOCK_K/32].
-
-    Exact: an e2m1 value times a power of two fits a bf16, denormals too.
-    """
-    # Low nibble = even k: joined on a new last axis and flattened, the codes are in the order of k.
-    codes = tl.join(packed & 0xF, packed >> 4)
-    values = e2m1_to_f32(codes).reshape(BLOCK_N, BLOCK_K // 32, 32)
-    scaled = (values * e8m0_to_f32(scale)[:, :, None]).reshape(BLOCK_N, BLOCK_K)
-    return scaled.to(tl.bfloat16)
+def decode_bits(words):
+    """uint16 [N, 32] → the four blocks bf16 [N, 32] of value · 2^-126."""
+    first = words & 0x81C0
+    second = (words << 3) & 0x81C0
+    third = (words << 6) & 0x81C0
+    fourth = ((words << 1) & 0x8000) | ((words >> 5) & 0x0100) | ((words >> 4) & 0x00C0)
+    return (
+        first.to(tl.uint16).to(tl.bfloat16, bitcast=True),
+        second.to(tl.uint16).to(tl.bfloat16, bitcast=True),
+        third.to(tl.uint16).to(tl.bfloat16, bitcast=True),
+        fourth.to(tl.uint16).to(tl.bfloat16, bitcast=True),
+    )
 
 
 @triton.jit
-def load_scales(scale_ptr, row, row_mask, start, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """e8m0 codes [BLOCK_N, BLOCK_K/32] of rows `row` from element `start` of K on; 0 outside.
+def decode_ptx(words, scales):
+    """uint16 [N, 32] and the group's scales uint32 [N] → the four blocks bf16 [N, 32], times 2^-64."""
+    return tl.inline_asm_elementwise(
+        _DECODE_PTX,
+        "=r,=r,=r,=r,r,r,r,r,r",
+        [
+            words,
+            tl.broadcast_to(scale_bf16(scales, 0)[:, None], words.shape),
+            tl.broadcast_to(scale_bf16(scales, 1)[:, None], words.shape),
+            tl.broadcast_to(scale_bf16(scales, 2)[:, None], words.shape),
+            tl.broadcast_to(scale_bf16(scales, 3)[:, None], words.shape),
+        ],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
 
-    WIDTH is K. The trick: four codes are one dword, so a lane loads a dword a row and takes it apart, where K allows;
-    a byte a lane would cost as many requests as the weights themselves.
+
+@triton.jit
+def load_group(row_ptr, k, start, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Activations bf16 [M, 32] of block BLOCK of the group at `start`; `row_ptr` [M, 32] points at k of each row."""
+    offset = start + 32 * BLOCK
+    if WIDTH % 128 == 0:
+        return tl.load(row_ptr + offset, mask=mask, other=0.0)
+    return tl.load(row_ptr + offset, mask=mask & (offset + k < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def multiply_group(acc, words, scales, x0, x1, x2, x3, DECODE: tl.constexpr):
+    """acc [N, M] + W·xᵀ over a group of 128, of W's words [N, 32] and the group's four blocks of x [M, 32].
+
+    Layout: the weights are the left operand, so that the matrix units take them from registers, where they are
+    decoded; a row of weights stays in the lanes that loaded it. W·xᵀ has the shape of the transposed result.
     """
-    COUNT: tl.constexpr = BLOCK_K // 32
-    if COUNT == 4 and WIDTH % 128 == 0:
-        words_ptr = scale_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
-        words = tl.load(words_ptr + row * (WIDTH // 128) + start // 128, mask=row_mask, other=0)
-        return ((words[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 0xFF).to(tl.uint8)
-    block = start // 32 + tl.arange(0, COUNT)
-    mask = row_mask[:, None] & (block < WIDTH // 32)[None, :]
-    return tl.load(scale_ptr + row[:, None] * (WIDTH // 32) + block[None, :], mask=mask, other=0)
+    if DECODE == "ptx":
+        w0, w1, w2, w3 = decode_ptx(words, scales)
+        acc = tl.dot(w0, x0.T, acc)
+        acc = tl.dot(w1, x1.T, acc)
+        acc = tl.dot(w2, x2.T, acc)
+        acc = tl.dot(w3, x3.T, acc)
+    else:
+        w0, w1, w2, w3 = decode_bits(words)
+        acc += tl.dot(w0, x0.T) * scale_f32(scales, 0)[:, None]
+        acc += tl.dot(w1, x1.T) * scale_f32(scales, 1)[:, None]
+        acc += tl.dot(w2, x2.T) * scale_f32(scales, 2)[:, None]
+        acc += tl.dot(w3, x3.T) * scale_f32(scales, 3)[:, None]
+    return acc

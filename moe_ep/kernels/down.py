@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from moe_ep.kernels.decode import dequantise, load_scales
+from moe_ep.kernels.decode import load_group, multiply_group
 
 
 @triton.jit
 def down_kernel(
-    h_ptr,  # bf16 [routes, INTER], row = position in the sorted routes
-    w2_ptr,  # uint8 [L, HIDDEN, INTER/2]
-    scale_ptr,  # uint8 [L, HIDDEN, INTER/32]
+    h_ptr,  # bf16 [routes, INTER], times 2^64; row = position in the sorted routes
+    w2_ptr,  # uint16 [L, HIDDEN, K/4] in kernel order, K = INTER padded
+    scale_ptr,  # uint32 [L, HIDDEN, K/128]
     bias_ptr,  # f32 [L, HIDDEN], read if HAS_BIAS
     weight_ptr,  # f32 [M·TOP_K]: routing weights
     y_ptr,  # out: f32 [M·TOP_K, HIDDEN], row = route; rows of remote routes are not written
@@ -21,13 +21,14 @@ def down_kernel(
     HIDDEN: tl.constexpr,
     INTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    DECODE: tl.constexpr,  # "ptx" or "bits"
     BLOCK_M: tl.constexpr,  # routes of one expert
     BLOCK_N: tl.constexpr,  # hidden features
-    BLOCK_K: tl.constexpr,  # intermediate features a step, a multiple of 32
 ):
-    # Layout: one program makes a [BLOCK_M, BLOCK_N] tile of y and scatters its rows to their routes: every
-    # route has a row of its own, so nothing is added up here and no atomics are needed.
+    # Layout: one program makes a [BLOCK_N, BLOCK_M] tile of yᵀ, 128 of K a step, and scatters it to the rows of its
+    # routes: every route has a row of its own, so nothing is added up here and no atomics are needed.
     n_tiles: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    groups: tl.constexpr = (INTER + 127) // 128
     block = tl.program_id(0) // n_tiles
     expert = tl.load(block_expert_ptr + block)
     if expert < 0:
@@ -38,25 +39,28 @@ def down_kernel(
 
     n = tl.program_id(0) % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     n_mask = n < HIDDEN
-    row = expert.to(tl.int64) * HIDDEN + n
+    row = expert.to(tl.int64) * HIDDEN + tl.minimum(n, HIDDEN - 1)  # rows past the last read the last
 
-    k = tl.arange(0, BLOCK_K)
-    k_pair = tl.arange(0, BLOCK_K // 2)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, INTER, BLOCK_K):
-        h_mask = row_mask[:, None] & (start + k < INTER)[None, :]
-        h = tl.load(h_ptr + position.to(tl.int64)[:, None] * INTER + (start + k)[None, :], mask=h_mask, other=0.0)
-        pair = start // 2 + k_pair
-        w_mask = n_mask[:, None] & (pair < INTER // 2)[None, :]
-        w2 = tl.load(w2_ptr + row[:, None] * (INTER // 2) + pair[None, :], mask=w_mask, other=0)
-        s2 = load_scales(scale_ptr, row, n_mask, start, INTER, BLOCK_K)
-        acc = tl.dot(h, dequantise(w2, s2, BLOCK_N, BLOCK_K).T, acc)
+    k = tl.arange(0, 32)
+    w2_rows = w2_ptr + row[:, None] * (groups * 32) + k[None, :]
+    scale_rows = scale_ptr + row * groups
+    h_rows = h_ptr + position.to(tl.int64)[:, None] * INTER + k[None, :]
+    h_mask = row_mask[:, None] & (k < 32)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for group in range(groups):
+        w2 = tl.load(w2_rows + group * 32)
+        s2 = tl.load(scale_rows + group)
+        h0 = load_group(h_rows, k, group * 128, h_mask, INTER, 0)
+        h1 = load_group(h_rows, k, group * 128, h_mask, INTER, 1)
+        h2 = load_group(h_rows, k, group * 128, h_mask, INTER, 2)
+        h3 = load_group(h_rows, k, group * 128, h_mask, INTER, 3)
+        acc = multiply_group(acc, w2, s2, h0, h1, h2, h3, DECODE)
 
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + row, mask=n_mask, other=0.0)[None, :]
-    acc *= tl.load(weight_ptr + route, mask=row_mask, other=0.0)[:, None]
+        acc += tl.load(bias_ptr + row)[:, None]
+    acc *= tl.load(weight_ptr + route, mask=row_mask, other=0.0)[None, :]
     y_mask = row_mask[:, None] & n_mask[None, :]
-    tl.store(y_ptr + route.to(tl.int64)[:, None] * HIDDEN + n[None, :], acc, mask=y_mask)
+    tl.store(y_ptr + route.to(tl.int64)[:, None] * HIDDEN + n[None, :], acc.T, mask=y_mask)
 
 
 @triton.jit

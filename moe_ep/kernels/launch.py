@@ -1,6 +1,9 @@
-"""Block sizes by problem, with a fallback for every arch."""
+"""Block sizes by device and problem, with a fallback for every problem."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Target = Literal["cuda", "hip"]
 
 
 @dataclass(frozen=True)
@@ -9,24 +12,34 @@ class LaunchConfig:
 
     block_m: int
     block_n: int
-    block_k: int
     num_warps: int
     num_stages: int
 
 
-def choose(routes: int, num_experts: int) -> LaunchConfig:
+TABLES: dict[Target, tuple[LaunchConfig, ...]] = {
+    "cuda": (
+        LaunchConfig(block_m=16, block_n=64, num_warps=4, num_stages=4),
+        LaunchConfig(block_m=32, block_n=64, num_warps=4, num_stages=3),
+        LaunchConfig(block_m=64, block_n=128, num_warps=8, num_stages=3),
+        LaunchConfig(block_m=128, block_n=128, num_warps=8, num_stages=3),
+    ),
+    "hip": (
+        LaunchConfig(block_m=16, block_n=64, num_warps=4, num_stages=2),
+        LaunchConfig(block_m=32, block_n=64, num_warps=4, num_stages=2),
+        LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=2),
+    ),
+}
+"""By rising rows. 16 rows is the least that a matrix instruction takes."""
+
+
+def choose(routes: int, num_experts: int, target: Target) -> LaunchConfig:
     """A tile for `routes` = M·k routes over all `num_experts` experts of the model, this rank's among them.
 
-    Not tuned: 16 rows is the least that a matrix instruction takes; above that a tile that holds most experts'
-    routes at once, since every further block of an expert decodes its weights again. Compiled for gfx942 by
-    triton 3.6.0 at V4-Pro's sizes, they take at most 24 KB of a compute unit's 64 KB of LDS and spill nothing.
+    The smallest that holds most experts' routes at once, since every further block of an expert decodes its weights
+    again; beyond the largest tile, the largest.
     """
     likely = routes * 5 // (4 * num_experts)
-    if likely <= 16:
-        return LaunchConfig(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=2)
-    if likely <= 32:
-        return LaunchConfig(block_m=32, block_n=64, block_k=128, num_warps=4, num_stages=2)
-    return LaunchConfig(block_m=64, block_n=64, block_k=128, num_warps=4, num_stages=2)
+    return next((tile for tile in TABLES[target] if likely <= tile.block_m), TABLES[target][-1])
 
 
 def interpreted() -> bool:

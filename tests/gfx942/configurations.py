@@ -1,6 +1,5 @@
 """Every kernel and launch configuration that the selector can choose on gfx942 for DeepSeek-V4, and named costs."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from moe_ep import fused_moe_mxfp4
 from moe_ep.placement import Placement
 from tests.gfx942.compiled import Resources, resources
 from tests.gfx942.cost import Cost, cost
-from tests.gfx942.driver import Chip, Launch, emulated
+from tests.gfx942.driver import Launch, emulated
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ def _launch(shape: RankShape, tokens: int) -> None:
         topk_ids=ids,
         topk_weights=torch.rand(tokens, shape.top_k, generator=generator),
         expert_map=expert_map,
+        weight_order="kernel",
         impl="triton_kernel",
     )
 
@@ -103,8 +103,8 @@ WORKLOADS = (
 """A decode tile is padded to 16 rows, so its cost per weight is that of any number of routes up to 16."""
 
 
-def costs(workload: Workload) -> dict[str, Cost]:
-    """The counted cost of each kernel of one op, by its name and tile. The routes' plan is torch's and not counted."""
+def launches(workload: Workload) -> list[Launch]:
+    """What one op launches, executed."""
     generator = torch.Generator().manual_seed(0)
     weights = _weights(workload.experts, workload.hidden, workload.inner)
     for name, tensor in weights.items():
@@ -116,20 +116,25 @@ def costs(workload: Workload) -> dict[str, Cost]:
             torch.randn(workload.tokens, workload.hidden, generator=generator).bfloat16(),
             **weights,
             topk_ids=routes % workload.experts,
+            weight_order="kernel",
             topk_weights=torch.rand(workload.tokens, workload.top_k, generator=generator),
             impl="triton_kernel",
         )
-    return dict(_costs(chip, workload))
+    return chip.launches
 
 
-def _costs(chip: Chip, workload: Workload) -> Iterator[tuple[str, Cost]]:
+def costs(workload: Workload) -> dict[str, Cost]:
+    """The counted cost of each kernel of one op, by its name and tile. The routes' plan is torch's and not counted."""
     hit = min(workload.experts, workload.tokens * workload.top_k)
     weights = {
         "gate_up_kernel": hit * 2 * workload.inner * workload.hidden,
         "down_kernel": hit * workload.hidden * workload.inner,
     }
-    for launch in chip.launches:
+    found: dict[str, Cost] = {}
+    for launch in launches(workload):
         if launch.program.name in weights and launch.execution is not None:
             count = weights[launch.program.name]
             # Packed codes and scales once; activations are small beside them and left out.
-            yield tile(launch), cost(launch.execution.executed, weights=count, distinct_bytes=count // 2 + count // 32)
+            executed = launch.execution.executed
+            found[tile(launch)] = cost(executed, weights=count, distinct_bytes=count // 2 + count // 32)
+    return found

@@ -54,6 +54,8 @@ class Chip:
     """Whether kernels run; else they are compiled and recorded, and memory stays as it is."""
     limit: int = 5_000_000
     """Instructions that a batch of waves may take."""
+    shares_memory: bool = False
+    """Whether workgroups of one launch may read what others store, as those that synchronise by atomics do."""
     rewrite: Callable[[Program], Program] | None = None
     """Changes each program before it runs: what a test is worth shows in programs that are wrong."""
 
@@ -146,31 +148,38 @@ class _Launcher:
     ) -> Execution | None:
         if not chip.executes:
             return None
-        block = _kernarg(machine.program.metadata[".args"], passed)
-        memory = Memory()
+        memory = Memory(shares=chip.shares_memory)
+        values = [
+            (name, kind, _add_tensor(memory, name, value, chip) if isinstance(value, Tensor) else value)
+            for name, kind, value in passed
+        ]
+        block = _kernarg(machine.program.metadata[".args"], values)
         held = (c_char * len(block)).from_buffer(block)
-        memory.add("the kernel's arguments", addressof(held), len(block), read_only=True)
-        for name, _, value in passed:
-            if isinstance(value, Tensor):
-                _add_tensor(memory, name, value, chip)
-        return machine.run(grid, memory, kernarg=addressof(held), lds_bytes=self.metadata.shared, limit=chip.limit)
+        kernarg = memory.add("the kernel's arguments", addressof(held), len(block), read_only=True)
+        return machine.run(grid, memory, kernarg=kernarg, lds_bytes=self.metadata.shared, limit=chip.limit)
 
 
-def _add_tensor(memory: Memory, name: str, tensor: Tensor, chip: Chip) -> None:
-    """From a tensor's first element to its last: a view does not open the storage around it."""
+def _add_tensor(memory: Memory, name: str, tensor: Tensor, chip: Chip) -> int:
+    """The device address of a tensor, from its first element to its last: a view opens no storage around it."""
     if tensor.device.type != "cpu":
         raise Fault(f"{name} is on {tensor.device}; the emulated chip takes CPU tensors")
     if tensor.numel():
         last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        read_only = any(tensor.data_ptr() == protected.data_ptr() for protected in chip.read_only)
-        memory.add(name, tensor.data_ptr(), (last + 1) * tensor.element_size(), read_only=read_only)
+        size = (last + 1) * tensor.element_size()
+        read_only = any(
+            tensor.data_ptr() < p.data_ptr() + p.untyped_storage().nbytes() - p.storage_offset() * p.element_size()
+            and p.data_ptr() < tensor.data_ptr() + size
+            for p in chip.read_only
+        )
+        return memory.add(name, tensor.data_ptr(), size, read_only=read_only)
+    return 0
 
 
 def _kernarg(layout: list[dict[str, Any]], passed: list[tuple[str, str, Any]]) -> bytearray:
     """The kernel's argument block. Hidden arguments after the kernel's own are 0."""
     block = bytearray(max((arg[".offset"] + arg[".size"] for arg in layout), default=8))
     for argument, (_, kind, value) in zip(layout, passed, strict=False):
-        number = value.data_ptr() if isinstance(value, Tensor) else value
+        number = value
         form = _FORMATS.get(kind) or _FORMATS[argument[".size"]]
         if isinstance(number, int) and number >= 1 << (8 * argument[".size"] - 1):
             form = form.upper()

@@ -29,6 +29,10 @@ class LdsRace(Fault):
     """Two waves touched the same LDS byte, one of them writing, with no barrier between."""
 
 
+class SharedMemoryRace(Fault):
+    """A workgroup touched device memory that another one stored in the same launch."""
+
+
 class DivergentBarrier(Fault):
     """The waves of a workgroup met at different barriers, or some ended while others wait at one."""
 

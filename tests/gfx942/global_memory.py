@@ -194,16 +194,18 @@ def _atomic(instruction: Instruction) -> Step:
 
     def step(waves: Waves) -> None:
         addresses, lanes = where(waves)
+        if (addresses[lanes] & np.uint64(3)).any():
+            raise OutOfBounds(f"an atomic at {int(addresses[lanes].max()):#x}, which is no multiple of 4")
         values = np.broadcast_to(new(waves), lanes.shape)
         old = np.zeros(lanes.shape, np.uint32)
         for wave, lane in np.argwhere(lanes):
             one = np.zeros(lanes.shape, bool)
             one[wave, lane] = True
-            before = waves.memory.read(addresses, 4, one).view(np.uint32)[wave, lane]
+            before = waves.memory.read(addresses, 4, one, atomic=True).view(np.uint32)[wave, lane]
             after = np.ascontiguousarray(combine(before, values[wave, lane : lane + 1]))
             data = np.zeros((*lanes.shape, 4), np.uint8)
             data[wave, lane] = after.view(np.uint8)
-            waves.memory.write(addresses, data, one)
+            waves.memory.write(addresses, data, one, atomic=True)
             old[wave, lane] = before[0]
         if returns:
             waves.set_vector(n, old)

@@ -5,8 +5,8 @@ import zlib
 
 from tests.gfx942.statements import f16_bits, f32_bits
 
-_INT32 = [0, 1, 2, 3, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0x80007FFF, 0x8000, 0xFFFF, 0x10000, 0x7FFFFF, 0x800000,
-          0xFFFFFF, 0x7FFFFFFF, 0x80000000, 0x80000001, 0xFFFFFFFE, 0xFFFFFFFF]  # fmt: skip
+_INT32 = [0, 1, 2, 3, 5, 13, 0x7F, 0x80, 0xFF, 0x100, 0x7FFF, 0x8000, 0xFC18, 0xFFFF, 0x10000, 0x7FFFFF, 0x800000,
+          0xFFFFFF, 0x7FFFFFFF, 0x80000000, 0x80000001, 0x80007FFF, 0xFFFFFC18, 0xFFFFFFFE, 0xFFFFFFFF]  # fmt: skip
 _FLOATS = [0.0, -0.0, 1.0, -1.0, 1.5, 2.5, -2.5, 0.1, 3.0, 6.0, 1e-3, -7.25, 100.0, 1e10, -1e10, 3e38, 2.0**-126,
            -(2.0**-126), 2.0**-130, 2.0**-149, float("inf"), float("-inf"), float("nan"), 65504.0, 65520.0, -65519.0,
            2.0**-14, 2.0**-24, 2.0**-25, 4294967296.0, 2147483648.0, -2147483648.0, 0.49999997, 16777217.0]  # fmt: skip

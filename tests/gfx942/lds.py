@@ -58,6 +58,14 @@ class Lds:
             values = values.view(np.uint32) if unit == 4 else values
             self._check_write(wave, active, index, unit, values)
             self._units(unit)[index] = values
+            conflict = self._units(unit)[index] != values
+            if conflict.any():
+                place = tuple(np.argwhere(conflict)[0])
+                raise LdsRace(
+                    f"LDS byte {int(index[place]) * unit % self.stride} is written with two values by lanes of wave "
+                    f"{wave} of the workgroup",
+                    self._wave(wave, active, int(place[0])),
+                )
 
     def add(self, address: NDArray[np.int64], value: NDArray[np.uint32], lanes: Mask) -> None:
         """Add uint32 [W, 64] atomically: atomics do not race with each other, but with reads and writes they do."""

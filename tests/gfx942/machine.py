@@ -1,5 +1,6 @@
 """A program on a grid: batches of workgroups in lockstep, divergence, barriers, and what is counted."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,20 +10,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.gfx942.assembly import Instruction, Program
-from tests.gfx942.faults import DivergentBarrier, Fault, Runaway, UnknownOpcode
+from tests.gfx942.faults import DivergentBarrier, Fault, OutOfBounds, Runaway, UnknownOpcode
 from tests.gfx942.global_memory import compile_memory
 from tests.gfx942.lds import Lds
 from tests.gfx942.matrix import compile_matrix
 from tests.gfx942.memory import Memory
+from tests.gfx942.operands import LAST_SCALAR, register, strip_modifiers
 from tests.gfx942.packed import compile_packed
 from tests.gfx942.scalar import ControlFlow, compile_scalar
 from tests.gfx942.shared import compile_shared
 from tests.gfx942.vector import compile_vector
-from tests.gfx942.waves import LANES, Waves
+from tests.gfx942.waves import AGPR, LANES, Waves
 
 Step = Callable[[Waves], None]
 
 LDS_BYTES = 65536
+_DIRECTIVES = {
+    **{f"user_sgpr_{n}": 0 for n in ("dispatch_ptr", "queue_ptr", "dispatch_id", "private_segment_size",
+                                     "private_segment_buffer", "flat_scratch_init")},
+    "system_vgpr_workitem_id": 0, "ieee_mode": 1, "dx10_clamp": 1, "float_denorm_mode_32": 3,
+    "float_denorm_mode_16_64": 3, "float_round_mode_32": 0, "float_round_mode_16_64": 0, "fp16_overflow": 0,
+}  # fmt: skip
+"""What a kernel may ask for of how it starts and computes: what Triton asks for."""
+_NUMBERED = re.compile(r"[vsa][\d\[]")
+_F16_ARITHMETIC = re.compile(r"v_(pk_)?(add|sub|mul|fma)_f16")
+_PATIENCE = 10_000
+"""Backward jumps after which waves that wait further on get a turn: they may be who is waited for."""
 _BATCH_WAVES = 128
 """Waves that execute together: enough to hide Python behind numpy, few enough for the registers to stay in cache."""
 
@@ -50,6 +63,8 @@ class Execution:
     executed: Counter[str] = field(default_factory=Counter)
     loaded: Counter[str] = field(default_factory=Counter)
     stored: Counter[str] = field(default_factory=Counter)
+    widths: dict[str, set[int]] = field(default_factory=dict)
+    """Bytes of a lane's loads, by buffer."""
 
 
 def compile_instruction(instruction: Instruction, labels: dict[str, int]) -> Step | ControlFlow:
@@ -87,11 +102,38 @@ class Machine:
 
     def _check_directives(self) -> None:
         """The registers that a wave starts with are laid out for what Triton asks for; anything else is refused."""
-        for name in ("dispatch_ptr", "queue_ptr", "dispatch_id", "private_segment_size"):
-            if self.program.directives.get(f"user_sgpr_{name}"):
-                raise UnknownOpcode(f"{self.program.name}: user_sgpr_{name} is not emulated")
-        if self.program.directives.get("system_vgpr_workitem_id", 0):
-            raise UnknownOpcode(f"{self.program.name}: workitem ids in y and z are not emulated")
+        for name, expected in _DIRECTIVES.items():
+            if self.program.directives.get(name, expected) != expected:
+                raise UnknownOpcode(
+                    f"{self.program.name}: .amdhsa_{name} {self.program.directives[name]} is not emulated"
+                )
+        if "next_free_vgpr" in self.program.directives:
+            self._check_registers()
+        saturates = any(i.opcode.startswith("s_setreg") and i.operands[-1] != "0" for i in self.program.instructions)
+        halves = [i.text for i in self.program.instructions if _F16_ARITHMETIC.match(i.opcode)]
+        if saturates and halves:
+            raise UnknownOpcode(f"{self.program.name}: FP16_OVFL of {halves[0]} is not emulated")
+
+    def _check_registers(self) -> None:
+        """No instruction uses a register past those that the kernel asks for: they may be another wave's."""
+        directives = self.program.directives
+        vectors = min(directives["next_free_vgpr"], directives.get("accum_offset", 512))
+        limits = {
+            "v": vectors,
+            "a": directives["next_free_vgpr"] - directives.get("accum_offset", vectors),
+            "s": directives.get("next_free_sgpr", LAST_SCALAR),
+        }
+        for instruction in self.program.instructions:
+            for text in instruction.operands:
+                plain = strip_modifiers(text)[0]
+                found = register(plain)
+                if found is not None and _NUMBERED.match(plain):
+                    index = found.index - (AGPR if plain[0] == "a" else 0)
+                    if index + found.count > limits[plain[0]]:
+                        raise OutOfBounds(
+                            f"{self.program.name}: {instruction.text}: {plain} is past the {limits[plain[0]]} "
+                            "registers that the kernel asks for"
+                        )
 
     def run(
         self,
@@ -120,9 +162,11 @@ class Machine:
         if lds_bytes > LDS_BYTES:
             raise Fault(f"{self.program.name} wants {lds_bytes} bytes of LDS, a compute unit has {LDS_BYTES}")
         counts = np.zeros(len(self.code), np.int64)
-        groups = grid.groups()
+        groups, done = grid.groups(), 0
         with np.errstate(all="ignore"):
             while batch := list(islice(groups, max(1, _BATCH_WAVES // grid.waves))):
+                memory.groups = np.repeat(np.arange(done + 1, done + 1 + len(batch), dtype=np.int32), grid.waves)
+                done += len(batch)
                 lds = Lds(len(batch), lds_bytes, grid.waves)
                 scratch = self.program.directives.get("private_segment_fixed_size", 0)
                 waves = Waves(len(batch) * grid.waves, grid.waves, memory, lds, scratch)
@@ -134,7 +178,7 @@ class Machine:
         for instruction, count in zip(self.program.instructions, counts, strict=True):
             if count:
                 executed[instruction.opcode] += int(count)
-        return Execution(self.program.name, grid, executed, memory.loaded, memory.stored)
+        return Execution(self.program.name, grid, executed, memory.loaded, memory.stored, memory.widths)
 
     def _start(self, waves: Waves, batch: list[tuple[int, int, int]], kernarg: int) -> None:
         """v0 is the lane's number in its workgroup; the kernarg address and the workgroup's ids are in scalars.
@@ -173,6 +217,8 @@ class _Batch:
         self.ended = np.zeros(waves.count, bool)
         self.waiting = np.zeros(waves.count, bool)
         self.taken = 0
+        self.jumps = 0
+        self.turn = 0
 
     def run(self) -> None:
         """Until every wave has ended."""
@@ -181,9 +227,13 @@ class _Batch:
             if not ready.any():
                 self._release()
                 continue
-            pc = int(self.counter[ready].min())
+            places = np.unique(self.counter[ready])
+            pc = int(places[0])
+            if self.jumps > _PATIENCE and len(places) > 1:
+                self.jumps, self.turn = 0, self.turn + 1
+                pc = int(places[1 + self.turn % (len(places) - 1)])
             running = ready & (self.counter == pc)
-            later = self.counter[ready & ~running]
+            later = self.counter[ready & (self.counter > pc)]
             self._straight(pc, running, int(later.min()) if later.size else len(self.machine.code))
 
     def _straight(self, pc: int, running: NDArray[np.bool_], stop: int) -> None:
@@ -216,6 +266,7 @@ class _Batch:
         elif flow.kind == "barrier":
             self.waiting |= running
         elif flow.taken is not None:
+            self.jumps += flow.target <= pc
             self.counter[running & flow.taken(self.waves)] = flow.target
 
     def _release(self) -> None:

@@ -25,6 +25,8 @@ _NAMED = {
     "exec": (EXEC, 2), "exec_lo": (EXEC, 1), "exec_hi": (EXEC + 1, 1), "flat_scratch": (102, 2),
 }  # fmt: skip
 _REGISTER = re.compile(r"([vsa])(?:(\d+)|\[(\d+)(?::(\d+))?\])$")
+LAST_SCALAR = 102
+"""s0…s101 are general; past them lie flat_scratch, xnack_mask and vcc."""
 _INLINE_FLOATS = {"0.5", "1.0", "2.0", "4.0", "0.15915494", "0.15915494309189532"}
 _INV_2PI = 0.15915494309189532
 
@@ -54,6 +56,8 @@ def register(text: str) -> Register | None:
     file, single, first, last = found.groups()
     index = int(single or first)
     count = 1 if single or last is None else int(last) - index + 1
+    if count < 1 or index + count > (LAST_SCALAR if file == "s" else AGPR):
+        raise UnknownOpcode(f"register {text} does not exist")
     return Register(file == "s", index + (AGPR if file == "a" else 0), count)
 
 

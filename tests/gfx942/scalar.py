@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tests.gfx942.assembly import Instruction
 from tests.gfx942.faults import UnknownOpcode
 from tests.gfx942.formats import choose
-from tests.gfx942.operands import Kind, bits, destination, scalar
+from tests.gfx942.operands import Kind, bits, destination, register, scalar
 from tests.gfx942.waves import EXEC, VCC, Waves
 
 Step = Callable[[Waves], None]
@@ -258,6 +258,8 @@ def compile_scalar(instruction: Instruction, labels: dict[str, int]) -> Step | C
     if opcode in _LOADS:
         return _load(instruction, _LOADS[opcode])
     if opcode in COMPARE_OPS:
+        if opcode.startswith("s_cmpk_") and opcode.endswith("i32"):
+            operands = (operands[0], str(_signed_16(operands[1])))  # LLVM writes the 16 bits as they are
         return _compare(*COMPARE_OPS[opcode], operands)
     if opcode in SAVEEXEC_OPS:
         return _saveexec(SAVEEXEC_OPS[opcode], operands)
@@ -289,10 +291,16 @@ def _operation(op: ScalarOp, operands: tuple[str, ...]) -> Step:
     return step
 
 
+def _signed_16(text: str) -> int:
+    """The value of a 16-bit constant, written with or without its sign."""
+    bits = int(text, 0) & 0xFFFF
+    return bits - (bits >> 15 << 16)
+
+
 def _immediate(kind: Kind, compute: Callable[..., Result], operands: tuple[str, ...]) -> Step:
     n = destination(operands[0], scalar=True)
     old = scalar(operands[0], kind)
-    k = np.array([int(operands[1], 0) & 0xFFFF], np.uint16).view(np.int16).astype(np.int32)
+    k = np.array([_signed_16(operands[1])], np.int32)
 
     def step(waves: Waves) -> None:
         value, scc = compute(old(waves), np.broadcast_to(k, (waves.count,)))
@@ -323,11 +331,17 @@ def _saveexec(function: Callable[[Array, Array], Array], operands: tuple[str, ..
 
 def _load(instruction: Instruction, dwords: int) -> Step:
     target, base, offset = instruction.operands
-    n, address, more = destination(target, scalar=True), scalar(base, "u64"), scalar(offset, "u32")
-    constant = np.uint64(int(instruction.modifiers.get("offset", "0"), 0))
+    n, address = destination(target, scalar=True), scalar(base, "u64")
+    constant = np.int64(int(instruction.modifiers.get("offset", "0"), 0))
+    more = None
+    if register(offset):
+        more = scalar(offset, "u32")
+    else:
+        constant += np.int64(int(offset, 0))
 
     def step(waves: Waves) -> None:
-        where = (address(waves) + more(waves).astype(np.uint64) + constant) & ~np.uint64(3)
+        where = address(waves) + constant.astype(np.uint64)  # a negative constant wraps, as the sum does
+        where = (where if more is None else where + more(waves)) & ~np.uint64(3)
         words = waves.memory.read(where[:, None], 4 * dwords, waves.running[:, None]).view(np.uint32)
         for i in range(dwords):
             waves.set_scalar(n + i, words[:, 0, i])

@@ -45,6 +45,11 @@ def _offset(instruction: Instruction, name: str = "offset") -> int:
     return int(instruction.modifiers.get(name, "0"), 0)
 
 
+def _sum(address: Array, offset: int) -> Array:
+    """Of 32 bits: LLVM folds offsets onto negative addresses."""
+    return (address + np.uint32(offset)).astype(np.int64)
+
+
 def _access(instruction: Instruction) -> Step:
     found = _ACCESS.match(instruction.opcode)
     assert found is not None
@@ -64,15 +69,15 @@ def _access(instruction: Instruction) -> Step:
         parts = [Transfer(destination(text), size, high=bool(high)) for text in operands[1 : 1 + len(offsets)]]
 
     def step(waves: Waves) -> None:
-        where = np.broadcast_to(address(waves).astype(np.int64), (waves.count, LANES))
+        where = np.broadcast_to(address(waves), (waves.count, LANES))
         if way == "read":
             # Both are read before either is written: the address register may be overwritten.
-            values = [waves.lds.load(where + offset, size, waves.lanes) for offset in offsets]
+            values = [waves.lds.load(_sum(where, offset), size, waves.lanes) for offset in offsets]
             for part, value in zip(parts, values, strict=True):
                 part.put(waves, value)
         else:
             for part, offset in zip(parts, offsets, strict=True):
-                waves.lds.store(where + offset, part.get(waves), waves.lanes)
+                waves.lds.store(_sum(where, offset), part.get(waves), waves.lanes)
 
     return step
 
@@ -83,7 +88,7 @@ def _add(instruction: Instruction) -> Step:
     offset = _offset(instruction)
 
     def step(waves: Waves) -> None:
-        where = np.broadcast_to(address(waves).astype(np.int64) + offset, (waves.count, LANES))
+        where = _sum(np.broadcast_to(address(waves), (waves.count, LANES)), offset)
         addend = np.broadcast_to(value(waves), where.shape)
         waves.lds.add(where, addend, waves.lanes)
 

@@ -64,6 +64,5 @@ def get(state: Waves, name: str) -> NDArray[np.uint64]:
 
 
 def buffer(memory: Memory, data: NDArray[Any], name: str = "data", *, read_only: bool = False) -> int:
-    """Make a numpy array part of the device's memory; its address."""
-    memory.add(name, data.ctypes.data, data.nbytes, read_only=read_only)
-    return int(data.ctypes.data)
+    """Make a numpy array part of the device's memory; its device address."""
+    return memory.add(name, data.ctypes.data, data.nbytes, read_only=read_only)

@@ -144,7 +144,8 @@ def _field(a: int, first: int, width: int) -> int:
 
 
 def _signed_field(a: int, first: int, width: int) -> int:
-    return signed(_field(a, first, width), width & 31) if width & 31 else 0
+    """The field of the number with its sign continued for ever."""
+    return signed(signed(a) >> (first & 31), width & 31) if width & 31 else 0
 
 
 def _perm(a: int, b: int, selector: int) -> int:
@@ -524,6 +525,10 @@ def _scalar_bitwise() -> list[Statement]:
     return out
 
 
+def _against(function: Callable[[int, int], bool], constant: int) -> Callable[[int], bool]:
+    return lambda a: function(a, constant)
+
+
 def _scalar_compares() -> list[Statement]:
     out = []
     for name, function in {**_compare_names("u32"), "lg": lambda a, b: a != b}.items():
@@ -531,7 +536,9 @@ def _scalar_compares() -> list[Statement]:
             continue
         for kind in ("u32", "i32"):
             out.append(S(f"s_cmp_{name}_{kind} s0, s2", f"{kind} {kind} -> scc", function))
-            out.append(S(f"s_cmpk_{name}_{kind} s0, 0x7fff", f"{kind} -> scc", lambda a, f=function: f(a, 0x7FFF)))
+            for bits in (0x7FFF, 0xFC18):
+                constant = signed(bits, 16) if kind == "i32" else bits
+                out.append(S(f"s_cmpk_{name}_{kind} s0, {bits:#x}", f"{kind} -> scc", _against(function, constant)))
     return out
 
 

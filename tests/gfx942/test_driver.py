@@ -128,8 +128,9 @@ def test_a_protected_tensor_may_be_read_but_not_written() -> None:
         chip.protect(x)
         kernels.copy[(4,)](x, y, 1000, BLOCK=256)
         assert torch.equal(x, y)
-        with pytest.raises(ReadOnly, match="store to y_ptr"):
-            kernels.copy[(4,)](y, x, 1000, BLOCK=256)
+        for target in (x, x[10:]):
+            with pytest.raises(ReadOnly, match="store to y_ptr"):
+                kernels.copy[(1,)](y, target, 900, BLOCK=1024)
 
 
 def test_a_kernel_that_never_ends_is_stopped() -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.gfx942 import scalar
 from tests.gfx942.assembler import assemble
 from tests.gfx942.assembly import parse, parse_fragment, parse_instruction
-from tests.gfx942.faults import DivergentBarrier, Fault, Runaway, UnknownOpcode
+from tests.gfx942.faults import DivergentBarrier, Fault, OutOfBounds, Runaway, UnknownOpcode
 from tests.gfx942.machine import Grid, Machine
 from tests.gfx942.memory import Memory
 from tests.gfx942.snippet import buffer, execute, get
@@ -198,7 +198,7 @@ kernel:
 
 
 def run_kernel(text: str, size: int, grid: Grid) -> np.ndarray:
-    memory, out = Memory(), np.zeros(size, np.uint32)
+    memory, out = Memory(shares=True), np.zeros(size, np.uint32)  # every workgroup stores to the same place
     arguments = np.array([buffer(memory, out, "out")], np.uint64)
     Machine(parse(text)).run(grid, memory, kernarg=buffer(memory, arguments, "arguments", read_only=True))
     return out
@@ -216,7 +216,16 @@ def test_a_fault_names_the_kernel_the_workgroup_the_wave_and_the_source_line() -
         run_kernel(KERNEL.format(x=16, y=0), 128, Grid(1, waves=4))
 
 
-@pytest.mark.parametrize("line", [".amdhsa_user_sgpr_dispatch_ptr 1", ".amdhsa_system_vgpr_workitem_id 1"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        ".amdhsa_user_sgpr_dispatch_ptr 1",
+        ".amdhsa_system_vgpr_workitem_id 1",
+        ".amdhsa_float_denorm_mode_32 0",
+        ".amdhsa_ieee_mode 0",
+        ".amdhsa_float_round_mode_32 3",
+    ],
+)
 def test_a_kernel_that_wants_registers_set_up_otherwise_is_refused(line: str) -> None:
     text = KERNEL.format(x=16, y=0).replace(".amdhsa_user_sgpr_count 16", f".amdhsa_user_sgpr_count 16\n\t\t{line}")
     with pytest.raises(UnknownOpcode, match="not emulated"):
@@ -237,3 +246,55 @@ def test_more_workgroups_than_run_at_once_all_run(tmp_path: Path) -> None:
 
     Machine(parse_fragment(text)).run(Grid(300), memory, prepare=prepare)
     assert out.tolist() == [LANES] * 300
+
+
+def test_a_kernel_may_use_only_the_registers_that_it_asks_for() -> None:
+    asks = ".amdhsa_user_sgpr_count 16\n\t\t.amdhsa_next_free_vgpr {}\n\t\t.amdhsa_accum_offset 4"
+    for vectors, message in ((3, None), (2, "v2 is past the 2 registers")):
+        text = KERNEL.format(x=16, y=0).replace(".amdhsa_user_sgpr_count 16", asks.format(vectors))
+        if message is None:
+            Machine(parse(text))
+        else:
+            with pytest.raises(OutOfBounds, match=message):
+                Machine(parse(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["v_mov_b32_e32 v300, 5", "s_mov_b32 s106, 3", "v_mov_b64_e32 v[3:2], 0", "v_mov_b32 a256, 0"]
+)
+def test_registers_that_do_not_exist_are_refused(text: str) -> None:
+    with pytest.raises(UnknownOpcode, match="does not exist"):
+        Machine(parse_fragment(text))
+
+
+def test_saturating_halves_are_refused_where_they_are_not_emulated() -> None:
+    with pytest.raises(UnknownOpcode, match="FP16_OVFL of v_add_f16"):
+        Machine(parse_fragment("s_setreg_imm32_b32 hwreg(HW_REG_MODE, 23, 1), 1\nv_add_f16_e32 v0, v1, v2"))
+
+
+def test_a_wave_may_wait_for_what_another_that_is_further_on_will_do() -> None:
+    """The first wave goes on to set a flag; the second turns round it, at a lower place in the program."""
+    text = """
+        s_cmp_eq_u32 s4, 0
+        s_cbranch_scc1 .Lset
+        .Lspin:
+        global_load_dword v1, v0, s[2:3] sc0 sc1
+        v_readfirstlane_b32 s5, v1
+        s_cmp_eq_u32 s5, 0
+        s_cbranch_scc1 .Lspin
+        s_endpgm
+        .Lset:
+        v_mov_b32_e32 v2, 1
+        global_store_dword v0, v2, s[2:3]
+    """
+    flag, memory = np.zeros(1, np.uint32), Memory()
+    execute(text, {"s4": np.array([0, 1]), "v0": 0, "s[2:3]": buffer(memory, flag)}, waves=2, memory=memory)
+    assert flag[0] == 1
+
+
+def test_a_signalling_nan_wins_over_a_number() -> None:
+    state = execute(
+        "v_max_f32_e32 v2, v0, v1\nv_max_f32_e32 v3, v4, v1", {"v0": 0x7FB00000, "v1": 0x3F800000, "v4": 0x7FC00000}
+    )
+    assert np.isnan(get(state, "v2").astype(np.uint32).view(np.float32)).all()
+    assert set(get(state, "v3").ravel()) == {0x3F800000}

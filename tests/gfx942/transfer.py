@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.gfx942.waves import LANES, Waves
+from tests.gfx942.waves import LANES, POISON, Waves
 
 Bytes = NDArray[np.uint8]
 
@@ -17,6 +17,8 @@ SIZES = {
     "b32": (4, False), "b64": (8, False), "b96": (12, False), "b128": (16, False),
 }  # fmt: skip
 """Bytes of a memory instruction's type, and whether a load extends the sign."""
+
+POISON_HALF = np.uint32(POISON & 0xFFFF)
 
 _NARROW: dict[tuple[int, bool], Any] = {
     (1, False): np.uint8,
@@ -46,9 +48,9 @@ class Transfer:
         value = np.ascontiguousarray(data).view(_NARROW[self.size, self.signed])[..., 0]
         wide = value.astype(np.int64).astype(np.uint32)
         if self.d16:
-            old = waves.vector[self.register]
+            # With SRAM-ECC, which gfx942 has, the other half is not kept, and LLVM does not rely on it.
             half = wide & np.uint32(0xFFFF)
-            wide = old & np.uint32(0xFFFF) | half << np.uint32(16) if self.high else old & np.uint32(0xFFFF0000) | half
+            wide = half << np.uint32(16) | POISON_HALF if self.high else half | POISON_HALF << np.uint32(16)
         waves.set_vector(self.register, wide)
 
     def get(self, waves: Waves) -> Bytes:

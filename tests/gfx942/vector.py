@@ -58,7 +58,8 @@ def _mask_of(width: Array) -> Array:
 
 
 def _bfe_signed(a: Array, first: Array, width: Array) -> Array:
-    field = (a >> (first & u32(31))) & _mask_of(width)
+    # Arithmetic: a field that reaches past bit 31 is filled with the sign.
+    field = (a.view(i32) >> (first & u32(31)).view(i32)).view(u32) & _mask_of(width)
     sign = (u32(1) << (width & u32(31))) >> u32(1)
     return ((field ^ sign) - sign).view(i32)
 
@@ -105,6 +106,20 @@ def _leading_zeros(a: Array) -> Array:
 def _trailing_zeros(a: Array) -> Array:
     lowest = a & (~a + u32(1))
     return np.where(a == 0, u32(0xFFFFFFFF), np.bitwise_count(lowest - u32(1)).astype(u32))
+
+
+def _ieee(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """min and max of IEEE mode: a quiet NaN gives way to a number, a signalling one becomes quiet and wins."""
+
+    def signals(x: Array) -> Array:
+        return np.isnan(x) & ((np.ascontiguousarray(x).view(u32) & u32(0x400000)) == 0)
+
+    def compute(a: Array, b: Array) -> Array:
+        result = function(a, b)
+        signalling = signals(a) | signals(b)
+        return choose(signalling, np.array(np.nan, f32), result) if signalling.any() else result
+
+    return compute
 
 
 def _median(a: Array, b: Array, c: Array) -> Array:
@@ -198,7 +213,7 @@ def _table() -> dict[str, VectorOp]:
     add(
         "f32 f32", "f32",
         add_f32=lambda a, b: a + b, sub_f32=lambda a, b: a - b, subrev_f32=lambda a, b: b - a,
-        mul_f32=lambda a, b: a * b, min_f32=np.fmin, max_f32=np.fmax,
+        mul_f32=lambda a, b: a * b, min_f32=_ieee(np.fmin), max_f32=_ieee(np.fmax),
         mul_legacy_f32=lambda a, b: np.where((a == 0) | (b == 0), f32(0), a * b),
     )  # fmt: skip
     add(
@@ -326,6 +341,8 @@ def _operation(instruction: Instruction, op: VectorOp) -> Step:
         op = SATURATING_OPS[instruction.base]
     finish = _finish(instruction, op)
     if instruction.opcode.endswith("_dpp"):
+        if bits(op.result) == 64:
+            raise UnknownOpcode(f"{instruction.text}: DPP of 64 bits")
         return _dpp_operation(modifiers, op, reads, n, finish)
     if bits(op.result) == 64:
         return lambda waves: waves.set_vector_pair(n, op.compute(*(read(waves) for read in reads)).view(u64))

@@ -15,7 +15,8 @@ VCC, M0, EXEC = 106, 124, 126
 AGPR = 256
 """Rows of `vector` from here on are the accumulation registers a0…a255."""
 
-_POISON = 0x7FB0BAD0  # an uninitialised register is a NaN as a float and absurd as an address
+POISON = 0x7FB0BAD0
+"""An uninitialised register: a signalling NaN as f32, absurd as an address. As 8 or 16 bits it is an odd number."""
 
 
 class Waves:
@@ -31,13 +32,13 @@ class Waves:
         self.group_waves = group_waves
         self.memory = memory
         self.lds = lds
-        self.vector: U32 = np.full((512, count, LANES), _POISON, np.uint32)
-        self.scalar: U32 = np.full((128, count), _POISON, np.uint32)
+        self.vector: U32 = np.full((512, count, LANES), POISON, np.uint32)
+        self.scalar: U32 = np.full((128, count), POISON, np.uint32)
         self.scalar[EXEC : EXEC + 2] = 0xFFFFFFFF
         self.scc: Mask = np.zeros(count, bool)
         self.saturates_fp16: Mask = np.zeros(count, bool)
         """MODE.FP16_OVFL: conversions to f16 and fp8 that overflow give the largest value."""
-        self.scratch = np.zeros((count, LANES, scratch_bytes), np.uint8)
+        self.scratch = np.full((count, LANES, scratch_bytes), POISON & 0xFF, np.uint8)
         self.run(np.ones(count, bool))
 
     def run(self, running: Mask) -> None:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from moe_ep import fused_moe_mxfp4
+from moe_ep.order import to_kernel_order
 from moe_ep.placement import Placement
+from moe_ep.weights import Order
 from tests.moe_ep.experts import by_formula, make_experts, make_tokens, partial, relative_error
 from tests.moe_ep.ways import Way, call, every_way, impl_of
 
@@ -84,6 +86,8 @@ def test_a_nan_scale_stays_nan_for_the_tokens_that_hit_it_and_no_other(way: Way,
 
 
 def test_the_smallest_scale_is_a_denormal_not_zero(way: Way, device: torch.device) -> None:
+    if way == "cuda":
+        pytest.skip("flushed there: see kernels.decode")
     experts = make_experts(1, 64, 32, device)
     experts.w2_scale.fill_(0)
     batch = make_tokens(2, 64, 1, 1, device)
@@ -177,6 +181,11 @@ def test_an_expert_past_two_gigabytes_of_weights_is_found(way: Way, device: torc
     # Row offsets pass 2^31 bytes. The pages of the other experts are never touched.
     hidden, inner, last = 8192, 1024, 259
     one = make_experts(1, hidden, inner, device)
+    batch = make_tokens(1, hidden, 1, 1, device)
+    expected = by_formula(one, batch)
+    order: Order = "checkpoint" if way == "reference" else "kernel"
+    if order == "kernel":  # else a copy in that order would be made, of all
+        one = replace(one, w13=to_kernel_order(one.w13), w2=to_kernel_order(one.w2))
     stack = {
         name: torch.empty(last + 1, *t.shape[1:], dtype=t.dtype, device=device)
         for name, t in vars(one).items()
@@ -185,8 +194,6 @@ def test_an_expert_past_two_gigabytes_of_weights_is_found(way: Way, device: torc
     assert stack["w13"][last].data_ptr() - stack["w13"].data_ptr() > 2**31
     for name, tensor in stack.items():
         tensor[last] = getattr(one, name)[0]
-    batch = make_tokens(1, hidden, 1, 1, device)
-    expected = by_formula(one, batch)
     got = call(
         way,
         fused_moe_mxfp4,
@@ -197,6 +204,7 @@ def test_an_expert_past_two_gigabytes_of_weights_is_found(way: Way, device: torc
         stack["w2_scale"],
         torch.full_like(batch.ids, last),
         batch.weights,
+        weight_order=order,
         impl=impl_of(way),
         out_dtype=torch.float32,
     )
