@@ -3,16 +3,21 @@
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
+
+from moe_ep.kernels.plan import count_kernel, place_kernel
+
+_SHIFT_BLOCK = 4096  # elements of x a program
+_MOST_ROUTES = 2048  # routes a program looks at in a step
 
 
 @dataclass(frozen=True)
 class RoutePlan:
     """Which routes a grouped GEMM computes together.
 
-    route: int32 [R], route numbers m·k + slot sorted by local expert, the order within one kept; remote
-    routes stand at the end, outside every block. block_expert, block_start, block_end: int32 [B], with
-    block_expert = −1 past the last block.
+    route: int32 [R], route numbers m·k + slot sorted by local expert, the order within one kept; as many are written as
+    there are local routes. block_expert, block_start, block_end: int32 [B], with block_expert = −1 past the last block.
     """
 
     route: Tensor
@@ -21,35 +26,40 @@ class RoutePlan:
     block_end: Tensor
 
 
+def plan_routes(
+    x: Tensor, topk_ids: Tensor, expert_map: Tensor | None, local_experts: int, block_m: int
+) -> tuple[RoutePlan, Tensor]:
+    """The plan of int [M, k] expert ids for tiles of `block_m` routes, and x times 2^64 (`kernels.decode` says why).
+
+    The number of blocks is a bound that depends on shapes only, so the launches need no number from the device and
+    can be captured in a graph.
+    """
+    routes, blocks = topk_ids.numel(), block_bound(topk_ids.numel(), local_experts, block_m)
+    known = local_experts if expert_map is None else expert_map.numel()
+    counts, route, block_expert, block_start, block_end = x.new_empty(
+        local_experts + routes + 3 * blocks, dtype=torch.int32
+    ).split((local_experts, routes, blocks, blocks, blocks))
+    shifted = torch.empty_like(x)
+    mapped = topk_ids if expert_map is None else expert_map
+    options = {
+        "LOCAL": local_experts,
+        "HAS_MAP": expert_map is not None,
+        "BLOCK_R": min(_MOST_ROUTES, max(64, triton.next_power_of_2(routes))),
+    }
+    count_kernel[(local_experts + triton.cdiv(x.numel(), _SHIFT_BLOCK),)](
+        *(topk_ids, mapped, counts, x, shifted), routes, known, x.numel(), BLOCK_X=_SHIFT_BLOCK, **options
+    )
+    place_kernel[(local_experts + 1,)](
+        *(topk_ids, mapped, counts, route, block_expert, block_start, block_end),
+        *(routes, known, blocks),
+        BLOCK_L=triton.next_power_of_2(local_experts),
+        BLOCK_M=block_m,
+        **options,
+    )
+    return RoutePlan(route, block_expert, block_start, block_end), shifted
+
+
 def block_bound(routes: int, local_experts: int, block_m: int) -> int:
     """The most blocks that `routes` routes can fill: each hit expert may leave one block partly empty."""
     hit = min(routes, local_experts)
     return hit + (routes - hit) // block_m
-
-
-def plan_routes(local_ids: Tensor, local_experts: int, block_m: int) -> RoutePlan:
-    """Plan int32 [M, k] local rows (−1 = not local) for tiles of `block_m` routes.
-
-    The number of blocks is a bound that depends on shapes only, so the launch needs no number from the
-    device and can be captured in a graph.
-    """
-    key = local_ids.flatten().long()
-    key = torch.where(key < 0, local_experts, key)
-    sorted_key, route = torch.sort(key, stable=True)
-    # Bounds of expert e in the sorted routes, by search: bincount would synchronise.
-    experts = torch.arange(local_experts + 1, device=key.device)
-    bounds = torch.searchsorted(sorted_key, experts)
-    blocks = (bounds[1:] - bounds[:-1] + block_m - 1) // block_m
-    last_block = blocks.cumsum(0)
-    block = torch.arange(block_bound(key.numel(), local_experts, block_m), device=key.device)
-    expert = torch.searchsorted(last_block, block, right=True)
-    used = expert < local_experts
-    expert = expert.clamp(max=local_experts - 1)
-    start = bounds[expert] + (block - (last_block - blocks)[expert]) * block_m
-    end = torch.minimum(start + block_m, bounds[expert + 1])
-    return RoutePlan(
-        route=route.int(),
-        block_expert=torch.where(used, expert, -1).int(),
-        block_start=start.int(),
-        block_end=end.int(),
-    )

@@ -89,26 +89,15 @@ def fused_moe_mxfp4(
         weight_order,
     )
     experts: Callable[..., Tensor] = import_module(_IMPLS[_resolve(impl, hidden_states)]).experts
-    out = experts(
+    return experts(
         hidden_states.contiguous(),
         weights,
-        localise(topk_ids, expert_map, weights.count),
+        topk_ids.contiguous(),
+        None if expert_map is None else expert_map.to(topk_ids.device).contiguous(),
         topk_weights.float().contiguous(),
         swiglu_limit,
-        num_experts=weights.count if expert_map is None else expert_map.numel(),
+        out_dtype or hidden_states.dtype,
     )
-    return out.to(out_dtype or hidden_states.dtype)
-
-
-def localise(topk_ids: Tensor, expert_map: Tensor | None, num_local: int) -> Tensor:
-    """Local row int32 [M, k] of every route, −1 for remote experts, padding and ids that do not exist."""
-    ids = topk_ids.long()
-    known = num_local if expert_map is None else expert_map.numel()
-    # A negative id must not wrap to the last entry of the map, so it is looked up as 0 and dropped after.
-    exists = (ids >= 0) & (ids < known)
-    ids = torch.where(exists, ids, 0)
-    rows = ids if expert_map is None else expert_map.to(ids.device)[ids].long()
-    return torch.where(exists & (rows >= 0) & (rows < num_local), rows, NOT_LOCAL).int()
 
 
 def _resolve(impl: str, hidden_states: Tensor) -> str:

@@ -6,6 +6,7 @@ from torch import Tensor
 from moe_ep.activation import swiglu
 from moe_ep.backends.base import Mxfp4Backend
 from moe_ep.mxfp4 import dequantise
+from moe_ep.placement import NOT_LOCAL
 from moe_ep.weights import ExpertWeights
 
 
@@ -17,19 +18,28 @@ def expert(x: Tensor, w13: Tensor, w2: Tensor, b13: Tensor | None, b2: Tensor | 
     return torch.nn.functional.linear(hidden, w2, b2)
 
 
+def localise(topk_ids: Tensor, expert_map: Tensor | None, num_local: int) -> Tensor:
+    """Local row int32 [M, k] of every route, −1 for remote experts, padding and ids that do not exist."""
+    ids = topk_ids.long()
+    known = num_local if expert_map is None else expert_map.numel()
+    # A negative id must not wrap to the last entry of the map, so it is looked up as 0 and dropped after.
+    exists = (ids >= 0) & (ids < known)
+    ids = torch.where(exists, ids, 0)
+    rows = ids if expert_map is None else expert_map.to(ids.device)[ids].long()
+    return torch.where(exists & (rows >= 0) & (rows < num_local), rows, NOT_LOCAL).int()
+
+
 def experts(
     x: Tensor,
     weights: ExpertWeights,
-    local_ids: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
     topk_weights: Tensor,
     swiglu_limit: float | None,
-    *,
-    num_experts: int,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """Partial f32 [M, H] of the local experts for x bf16 [M, H]; local_ids int32 [M, k], −1 where not local.
-
-    `num_experts`, of the whole model, is for implementations that tile by it.
-    """
+    """Partial [M, H] of the local experts for x bf16 [M, H]; topk_ids and expert_map as of `fused_moe_mxfp4`."""
+    local_ids = localise(topk_ids, expert_map, weights.count)
     hidden = x.float()
     out = torch.zeros_like(hidden)
     for e in range(weights.count):
@@ -46,7 +56,7 @@ def experts(
             swiglu_limit,
         )
         out.index_add_(0, token, y * topk_weights[token, slot].unsqueeze(-1))
-    return out
+    return out.to(out_dtype)
 
 
 class ReferenceBackend(Mxfp4Backend):

@@ -1,12 +1,12 @@
 """The experts as Triton kernels: sort the routes, two grouped GEMMs, combine."""
 
 import torch
+import triton
 from torch import Tensor, nn
 from triton.runtime import driver
 
 from moe_ep.backends.base import Mxfp4Backend
 from moe_ep.dispatch import plan_routes
-from moe_ep.kernels.decode import ACTIVATION_SHIFT
 from moe_ep.kernels.down import combine_kernel, down_kernel
 from moe_ep.kernels.gate_up import gate_up_kernel
 from moe_ep.kernels.launch import Target, choose, interpreted
@@ -35,18 +35,18 @@ def _target() -> Target:
 def experts(
     x: Tensor,
     weights: ExpertWeights,
-    local_ids: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
     topk_weights: Tensor,
     swiglu_limit: float | None,
-    *,
-    num_experts: int,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """As `reference.experts`. Raises `ValueError` where the kernels do not run on x's device."""
     tokens, hidden = x.shape
-    top_k, inner = local_ids.shape[1], weights.inner
+    top_k, inner = topk_ids.shape[1], weights.inner
     routes = tokens * top_k
     if routes == 0 or weights.count == 0:
-        return x.new_zeros(tokens, hidden, dtype=torch.float32)
+        return x.new_zeros(tokens, hidden, dtype=out_dtype)
     if not runs_on(x.device):
         raise ValueError(
             f"impl 'triton_kernel' does not run on {x.device} here: set TRITON_INTERPRET=1 before "
@@ -55,24 +55,23 @@ def experts(
 
     weights = weights.in_kernel_order()
     target = _target()
-    tile = choose(routes, num_experts, target)
-    plan = plan_routes(local_ids, weights.count, tile.block_m)
+    known = weights.count if expert_map is None else expert_map.numel()
+    tile = choose(routes, known, target)
+    plan, shifted = plan_routes(x, topk_ids, expert_map, weights.count, tile.block_m)
     blocks = (plan.route, plan.block_expert, plan.block_start, plan.block_end)
     options = {
         "HIDDEN": hidden,
         "INTER": inner,
+        "DECODE": "ptx" if target == "cuda" else "bits",
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "DECODE": "ptx" if target == "cuda" else "bits",
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-
-    shifted = x * 2.0**ACTIVATION_SHIFT
     w13, w2 = weights.w13.view(torch.uint16), weights.w2.view(torch.uint16)
     s13, s2 = weights.w13_scale.view(torch.uint32), weights.w2_scale.view(torch.uint32)
     h = x.new_empty(routes, inner)
-    gate_up_kernel[(plan.block_expert.numel() * -(-inner // tile.block_n),)](
+    gate_up_kernel[(plan.block_expert.numel() * triton.cdiv(inner, tile.block_n),)](
         *(shifted, w13, s13, x if weights.b13 is None else weights.b13, h),
         *blocks,
         0.0 if swiglu_limit is None else float(swiglu_limit),
@@ -82,15 +81,21 @@ def experts(
         **options,
     )
     y = x.new_empty(routes, hidden, dtype=torch.float32)
-    down_kernel[(plan.block_expert.numel() * -(-hidden // tile.block_n),)](
+    down_kernel[(plan.block_expert.numel() * triton.cdiv(hidden, tile.block_n),)](
         *(h, w2, s2, x if weights.b2 is None else weights.b2, topk_weights, y),
         *blocks,
         HAS_BIAS=weights.b2 is not None,
         **options,
     )
-    out = x.new_empty(tokens, hidden, dtype=torch.float32)
-    combine_kernel[(tokens * -(-hidden // _COMBINE_BLOCK),)](
-        *(y, local_ids, out), HIDDEN=hidden, TOP_K=top_k, BLOCK_H=_COMBINE_BLOCK
+    out = x.new_empty(tokens, hidden, dtype=out_dtype)
+    combine_kernel[(tokens * triton.cdiv(hidden, _COMBINE_BLOCK),)](
+        *(y, topk_ids, topk_ids if expert_map is None else expert_map, out),
+        known,
+        LOCAL=weights.count,
+        HAS_MAP=expert_map is not None,
+        HIDDEN=hidden,
+        TOP_K=top_k,
+        BLOCK_H=_COMBINE_BLOCK,
     )
     return out
 

@@ -1,7 +1,7 @@
 """Device functions: weights in kernel order to bfloat16, and their scales.
 
 A weight comes out of its bits as value · 2^-126 (`moe_ep.order`). What makes it good is partly in its scale and partly
-in the activations, which the kernels get times 2^64 (`ACTIVATION_SHIFT`): then the products are of middle size in f32.
+in the activations, which the kernels get times 2^64: then the products are of middle size in f32.
 
     bits    any device: the f32 sum of each block is multiplied by 2^(scale code − 65)
     ptx     NVIDIA: a packed bfloat16 product applies that to two weights at once, so that sums need no scale. Weights
@@ -12,10 +12,6 @@ A scale of 2^66 and more overflows in both, to infinity and not to a wrong numbe
 
 import triton
 import triton.language as tl
-
-ACTIVATION_SHIFT = 64
-"""Activations are multiplied by two to this power before the kernels read them."""
-
 
 _DECODE_PTX = tl.constexpr("""
 {

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from moe_ep.kernels.decode import load_group, multiply_group
+from moe_ep.kernels.plan import local_row
 
 
 @triton.jit
@@ -66,8 +67,12 @@ def down_kernel(
 @triton.jit
 def combine_kernel(
     y_ptr,  # f32 [M·TOP_K, HIDDEN]
-    local_ids_ptr,  # int32 [M, TOP_K], −1 where not local
-    out_ptr,  # out: f32 [M, HIDDEN]
+    ids_ptr,  # int [M·TOP_K]
+    map_ptr,  # int [known], read if HAS_MAP
+    out_ptr,  # out: [M, HIDDEN]
+    known,
+    LOCAL: tl.constexpr,
+    HAS_MAP: tl.constexpr,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK_H: tl.constexpr,  # hidden features
@@ -81,6 +86,6 @@ def combine_kernel(
     acc = tl.zeros((BLOCK_H,), dtype=tl.float32)
     for slot in tl.static_range(TOP_K):
         route = token * TOP_K + slot
-        local_id = tl.load(local_ids_ptr + route + tl.zeros_like(n))
-        acc += tl.load(y_ptr + route * HIDDEN + n, mask=n_mask & (local_id >= 0), other=0.0)
-    tl.store(out_ptr + token * HIDDEN + n, acc, mask=n_mask)
+        row = local_row(ids_ptr, map_ptr, route + tl.zeros_like(n), n_mask, known, LOCAL, HAS_MAP)
+        acc += tl.load(y_ptr + route * HIDDEN + n, mask=row >= 0, other=0.0)
+    tl.store(out_ptr + token * HIDDEN + n, acc.to(out_ptr.dtype.element_ty), mask=n_mask)

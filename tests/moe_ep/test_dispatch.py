@@ -1,28 +1,30 @@
-"""Blocks of routes, against a plain count."""
+"""Blocks of routes, against a plain count, in every way that runs kernels."""
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_ep.dispatch import block_bound, plan_routes
-from moe_ep.fused import localise
+from moe_ep.dispatch import RoutePlan, block_bound, plan_routes
+from tests.moe_ep.experts import make_experts, make_tokens, partial
+from tests.moe_ep.ways import WAYS, Way, call, device_of
+
+by_way = pytest.mark.parametrize("way", [way for way in WAYS if way != "reference"])
 
 
-@given(
-    st.integers(1, 9).flatmap(
-        lambda experts: st.tuples(
-            st.just(experts),
-            st.lists(st.integers(-1, experts - 1), min_size=1, max_size=90),
-            st.sampled_from([1, 4, 16]),
-        )
-    )
-)
-def test_every_local_route_is_in_exactly_one_block_of_its_expert_and_no_remote_one(
-    case: tuple[int, list[int], int],
-) -> None:
-    experts, ids, block_m = case
-    plan = plan_routes(torch.tensor(ids, dtype=torch.int32).unsqueeze(1), experts, block_m)
+def plan_of(
+    way: Way, ids: list[int], local: int, block_m: int, expert_map: list[int] | None = None
+) -> tuple[RoutePlan, torch.Tensor]:
+    device = device_of(way)
+    mapped = None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32, device=device)
+    x = torch.randn(len(ids), 64, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    plan, shifted = call(way, plan_routes, x, torch.tensor(ids, device=device).unsqueeze(1), mapped, local, block_m)
+    assert torch.equal(shifted, x * 2.0**64)
+    return plan, shifted
+
+
+def check(plan: RoutePlan, rows: list[int], block_m: int) -> None:
+    """Every route whose row is ≥ 0 is in exactly one block of its row, and no other is."""
     seen: list[int] = []
     blocks = zip(plan.block_expert.tolist(), plan.block_start.tolist(), plan.block_end.tolist(), strict=True)
     for expert, start, end in blocks:
@@ -30,22 +32,63 @@ def test_every_local_route_is_in_exactly_one_block_of_its_expert_and_no_remote_o
             continue
         assert 1 <= end - start <= block_m
         routes = plan.route[start:end].tolist()
-        assert all(ids[r] == expert for r in routes)
+        assert all(rows[r] == expert for r in routes)
         assert routes == sorted(routes), "the order of routes within an expert is kept"
         seen += routes
-    assert sorted(seen) == [r for r, e in enumerate(ids) if e >= 0]
+    assert sorted(seen) == [r for r, e in enumerate(rows) if e >= 0]
 
 
-def test_the_bound_on_blocks_is_reached_by_the_worst_routing() -> None:
+@by_way
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 9).flatmap(
+        lambda experts: st.tuples(
+            st.just(experts),
+            st.lists(st.integers(-3, experts + 2), min_size=1, max_size=90),
+            st.sampled_from([1, 4, 16]),
+        )
+    )
+)
+@example((3, [0, 1] + [2] * 33, 16))
+@example((2, [-1, 5, 7], 4))
+def test_every_local_route_is_in_exactly_one_block_of_its_expert_and_no_other_route(
+    way: Way, case: tuple[int, list[int], int]
+) -> None:
+    local, ids, block_m = case
+    plan, _ = plan_of(way, ids, local, block_m)
+    check(plan, [e if 0 <= e < local else -1 for e in ids], block_m)
+
+
+@by_way
+def test_a_map_names_the_rows_and_ids_outside_it_have_none(way: Way) -> None:
+    expert_map = [2, -1, 0, 1, -1]
+    ids = [0, 1, 2, 3, 4, -1, 5, 99, 2, 0]
+    plan, _ = plan_of(way, ids, 3, 4, expert_map)
+    check(plan, [expert_map[e] if 0 <= e < 5 else -1 for e in ids], 4)
+
+
+@by_way
+def test_more_routes_than_a_step_and_more_blocks_than_a_step(way: Way) -> None:
+    ids = torch.randint(0, 5, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
+    plan, _ = plan_of(way, ids, 4, 1)
+    check(plan, [e if e < 4 else -1 for e in ids], 1)
+
+
+@by_way
+def test_the_bound_on_blocks_is_reached_by_the_worst_routing(way: Way) -> None:
     # 3 experts: two with a single route, one with the other 33 of 35: 1 + 1 + 3 blocks of 16.
-    ids = torch.tensor([0, 1] + [2] * 33, dtype=torch.int32).unsqueeze(1)
-    plan = plan_routes(ids, 3, 16)
+    plan, _ = plan_of(way, [0, 1] + [2] * 33, 3, 16)
     assert int((plan.block_expert >= 0).sum()) == 5 == block_bound(35, 3, 16)
 
 
-def test_no_number_is_read_back_from_the_device() -> None:
-    # A fake tensor has no data: .item(), boolean indexing and data-dependent shapes raise.
-    with FakeTensorMode():
-        ids = torch.zeros(7, 6, dtype=torch.int32)
-        plan = plan_routes(localise(ids, torch.zeros(16, dtype=torch.int32), 4), 4, 16)
-        assert plan.block_expert.shape == (block_bound(42, 4, 16),)
+def test_no_number_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, batch = make_experts(4, 64, 32, torch.device("cpu")), make_tokens(7, 64, 4, 3, torch.device("cpu"))
+    expert_map = torch.tensor([0, 1, 2, 3])
+    monkeypatch.setattr("moe_ep.fused._check_map", lambda *_: None)  # of a map on the CPU it looks at the rows
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a value of a tensor was read on the host")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__index__", "nonzero", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    partial(experts, batch, "gfx942", expert_map=expert_map)
