@@ -124,7 +124,7 @@ def launches(workload: Workload) -> list[Launch]:
 
 
 def costs(workload: Workload) -> dict[str, Cost]:
-    """The counted cost of each kernel of one op, by its name and tile. The routes' plan is torch's and not counted."""
+    """The counted cost of each kernel of one op, by its name and tile. The plan and the combine are left out."""
     hit = min(workload.experts, workload.tokens * workload.top_k)
     weights = {
         "gate_up_kernel": hit * 2 * workload.inner * workload.hidden,
