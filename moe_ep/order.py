@@ -16,22 +16,19 @@ import torch
 from torch import Tensor
 
 from moe_ep.mxfp4 import pack, unpack
-from moe_ep.shape import MXFP4_BLOCK
+from moe_ep.shape import KERNEL_GROUP, MXFP4_BLOCK
 
-GROUP = 128
-"""Codes along K that are ordered together: four blocks."""
-
-_BLOCKS = GROUP // MXFP4_BLOCK
+_BLOCKS = KERNEL_GROUP // MXFP4_BLOCK
 
 
 def padded(width: int) -> int:
-    """K as the kernels have it: a multiple of `GROUP`."""
-    return -(-width // GROUP) * GROUP
+    """K as the kernels have it: a multiple of `KERNEL_GROUP`."""
+    return -(-width // KERNEL_GROUP) * KERNEL_GROUP
 
 
 def to_kernel_order(packed: Tensor) -> Tensor:
     """Packed uint8 [..., K/2] as checkpoints have it → uint8 [..., padded(K)/2] in kernel order; padding is 0."""
-    codes = _pad(unpack(packed), GROUP).int().unflatten(-1, (-1, _BLOCKS, MXFP4_BLOCK))
+    codes = _pad(unpack(packed), KERNEL_GROUP).int().unflatten(-1, (-1, _BLOCKS, MXFP4_BLOCK))
     first, second, third, fourth = codes.unbind(-2)
 
     def place(code: Tensor, sign: int, rest: int) -> Tensor:
@@ -66,8 +63,8 @@ def _pad(tensor: Tensor, multiple: int) -> Tensor:
 
 
 def order_in_place(packed: Tensor) -> Tensor:
-    """`to_kernel_order` of [L, N, K/2], one expert at a time: in the same memory where K is a multiple of `GROUP`."""
-    if 2 * packed.shape[-1] % GROUP:
+    """`to_kernel_order` of [L, N, K/2], one expert at a time: in the same memory where K is whole groups."""
+    if 2 * packed.shape[-1] % KERNEL_GROUP:
         return to_kernel_order(packed)
     for expert in packed:
         expert.copy_(to_kernel_order(expert))

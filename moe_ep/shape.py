@@ -7,6 +7,8 @@ from typing import Any
 
 MXFP4_BLOCK = 32
 """Weights that share one e8m0 scale along K (OCP MX v1.0)."""
+KERNEL_GROUP = 128
+"""Codes along K that the kernels read together: four blocks (`moe_ep.order`)."""
 
 FP8_BLOCK = 128
 """Rows and columns that share one scale in V4's fp8 weights."""
@@ -90,12 +92,15 @@ class ModelShape:
     def held_bytes(self, layers: Sequence[int], local_experts: int) -> dict[str, int]:
         """Bytes of `layers` on a rank that holds `local_experts` of each, by item, as they lie in memory.
 
-        Routed experts are packed; the shared expert is held in bf16, the router as on disk.
+        Routed experts are packed, with K padded to whole groups as the kernels read them (V4's need none); the shared
+        expert is held in bf16, the router as on disk.
         """
+        hidden, intermediate = (-(-k // KERNEL_GROUP) * KERNEL_GROUP for k in (self.hidden, self.intermediate))
+        codes = 2 * self.intermediate * hidden + self.hidden * intermediate
         gate = self.experts * self.hidden * 2
         table, bias = self.vocab * self.top_k * 8, self.experts * 4
         return {
-            "routed experts": len(layers) * local_experts * self.expert_bytes,
+            "routed experts": len(layers) * local_experts * (codes // 2 + codes // MXFP4_BLOCK),
             "expert maps": len(layers) * self.experts * 4,
             "shared experts": len(layers) * self.shared_experts * 3 * self.hidden * self.intermediate * 2,
             "routers": sum(gate + (table if self.is_hash_layer(layer) else bias) for layer in layers),
