@@ -45,7 +45,7 @@ def fused_moe_mxfp4(
 
     Parameters
     ----------
-    hidden_states: bf16 [M, H], any M including 0
+    hidden_states: bf16 [M, H], any M including 0; the kernels take magnitudes below 2^64
     w13: uint8 [L, 2I, H/2], two e2m1 a byte, low nibble = even k; w1's rows, then w3's
     w13_scale: e8m0 [L, 2I, H/32], uint8 or float8_e8m0fnu
     w2, w2_scale: uint8 [L, H, I/2] and e8m0 [L, H, I/32]

@@ -7,7 +7,8 @@ in the activations, which the kernels get times 2^64: then the products are of m
     ptx     NVIDIA: a packed bfloat16 product applies that to two weights at once, so that sums need no scale. Weights
             under scales below 2^-68 lose bits, and then flush to zero.
 
-A scale of 2^66 and more overflows in both, to infinity and not to a wrong number; code 255 stays NaN.
+A scale of 2^66 and more, and an activation of 2^64 and more, overflows in both, to infinity and not to a wrong number;
+code 255 stays NaN.
 """
 
 import triton
