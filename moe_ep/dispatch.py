@@ -36,9 +36,11 @@ def plan_routes(
     """
     routes, blocks = topk_ids.numel(), block_bound(topk_ids.numel(), local_experts, block_m)
     known = local_experts if expert_map is None else expert_map.numel()
-    counts, route, block_expert, block_start, block_end = x.new_empty(
-        local_experts + routes + 3 * blocks, dtype=torch.int32
-    ).split((local_experts, routes, blocks, blocks, blocks))
+    sizes = (local_experts, routes, blocks, blocks, blocks)
+    # One allocation, its parts at multiples of 16 bytes: else other shapes would have the kernels compiled anew.
+    spans = [-(-size // 4) * 4 for size in sizes]
+    parts = x.new_empty(sum(spans), dtype=torch.int32).split(spans)
+    counts, route, block_expert, block_start, block_end = (p[:n] for p, n in zip(parts, sizes, strict=True))
     shifted = torch.empty_like(x)
     mapped = topk_ids if expert_map is None else expert_map
     options = {

@@ -64,7 +64,7 @@ def down_kernel(
     tl.store(y_ptr + route.to(tl.int64)[:, None] * HIDDEN + n[None, :], acc.T, mask=y_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["known"])
 def combine_kernel(
     y_ptr,  # f32 [M·TOP_K, HIDDEN]
     ids_ptr,  # int [M·TOP_K]

@@ -18,7 +18,7 @@ def local_row(ids_ptr, map_ptr, route, mask, known, LOCAL: tl.constexpr, HAS_MAP
     return tl.where(exists & (row < LOCAL), row, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["routes", "known", "elements"])
 def count_kernel(
     ids_ptr,  # int [M·TOP_K]: experts
     map_ptr,  # int [known]: local row of each expert, read if HAS_MAP
@@ -48,7 +48,7 @@ def count_kernel(
         tl.store(shifted_ptr + i, (x * 18446744073709551616.0).to(tl.bfloat16), mask=i < elements)  # 2^64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["routes", "known", "blocks"])
 def place_kernel(
     ids_ptr,  # int [M·TOP_K]
     map_ptr,  # int [known], read if HAS_MAP

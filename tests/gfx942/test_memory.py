@@ -108,7 +108,7 @@ def test_a_store_writes_its_bytes_and_no_other_and_only_of_active_lanes(space: s
 
 @pytest.mark.parametrize("high", ["", "_hi"])
 @pytest.mark.parametrize("type_name", ["ubyte", "sbyte", "short"])
-@pytest.mark.parametrize("space", ["global", "buffer", "ds"])
+@pytest.mark.parametrize("space", ["global", "buffer", "flat", "scratch", "ds"])
 def test_d16_loads_one_half_and_does_not_keep_the_other(space: str, type_name: str, high: str) -> None:
     data, memory = random_bytes(), Memory()
     address = buffer(memory, data)
@@ -116,22 +116,29 @@ def test_d16_loads_one_half_and_does_not_keep_the_other(space: str, type_name: s
     text = {
         "global": f"global_load_{type_name}_d16{high} v10, v0, s[2:3]",
         "buffer": f"buffer_load_{type_name}_d16{high} v10, v0, s[4:7], 0 offen",
+        "flat": f"flat_load_{type_name}_d16{high} v10, v[2:3]",
+        "scratch": "global_load_dword v1, v0, s[2:3]\nscratch_store_dword off, v1, off\n"
+        f"scratch_load_{type_name}_d16{high} v10, off, off",
         "ds": f"global_load_dword v1, v0, s[2:3]\nds_write_b32 v0, v1\nds_read_{ds_name}_d16{high} v10, v0",
     }[space]
     assemble(text.split("\n"))
     state = execute(
         text,
-        {"v0": 4 * LANE, "s[2:3]": address, **descriptor(address, 4096), "v10": 0x12345678},
+        {
+            "v0": 4 * LANE, "v[2:3]": address + 4 * LANE, "s[2:3]": address, **descriptor(address, 4096),
+            "v10": 0x12345678,
+        },
         memory=memory,
         lds_bytes=256,
-    )
+        scratch_bytes=4,
+    )  # fmt: skip
     for lane, got in enumerate(get(state, "v10")[0].tolist()):
         half = loaded(data, 4 * lane, type_name) & 0xFFFF
         assert got >> (16 if high else 0) & 0xFFFF == half
         assert got >> (0 if high else 16) & 0xFFFF not in (0x1234, 0x5678), "the other half must not be relied on"
 
 
-@pytest.mark.parametrize("space", ["global", "buffer", "ds"])
+@pytest.mark.parametrize("space", ["global", "buffer", "flat", "scratch", "ds"])
 @pytest.mark.parametrize("type_name", ["byte", "short"])
 def test_d16_hi_stores_the_upper_half(space: str, type_name: str) -> None:
     data, memory = np.zeros(512, np.uint8), Memory()
@@ -139,12 +146,15 @@ def test_d16_hi_stores_the_upper_half(space: str, type_name: str) -> None:
     text = {
         "global": f"global_store_{type_name}_d16_hi v0, v10, s[2:3]",
         "buffer": f"buffer_store_{type_name}_d16_hi v10, v0, s[4:7], 0 offen",
+        "flat": f"flat_store_{type_name}_d16_hi v[2:3], v10",
+        "scratch": f"scratch_store_dword off, v11, off\nscratch_store_{type_name}_d16_hi off, v10, off\n"
+        "scratch_load_dword v12, off, off\nglobal_store_dword v0, v12, s[2:3]",
         "ds": f"ds_write_b32 v0, v11\nds_write_b{8 * SIZES[type_name]}_d16_hi v0, v10\n"
         "ds_read_b32 v12, v0\nglobal_store_dword v0, v12, s[2:3]",
     }[space]
     assemble(text.split("\n"))
-    registers = {"v0": 4 * LANE, "v10": 0xABCD1234, "v11": 0, "s[2:3]": address, **descriptor(address, 512)}
-    execute(text, registers, memory=memory, lds_bytes=256)
+    registers = {"v0": 4 * LANE, "v[2:3]": address + 4 * LANE, "v10": 0xABCD1234, "v11": 0, "s[2:3]": address}
+    execute(text, {**registers, **descriptor(address, 512)}, memory=memory, lds_bytes=256, scratch_bytes=4)
     assert data[:256].reshape(64, 4)[:, : SIZES[type_name]].tolist() == [[0xCD, 0xAB][: SIZES[type_name]]] * 64
 
 
@@ -258,15 +268,27 @@ def test_an_atomic_changes_memory_lane_after_lane_and_may_return_the_old(name: s
             assert get(state, "v9")[0].tolist() == old
 
 
-@pytest.mark.parametrize("name", ["add_f32", "pk_add_f16", "pk_add_bf16"])
-def test_a_floating_atomic_adds(name: str) -> None:
+@pytest.mark.parametrize(
+    ("space", "name"),
+    [
+        ("global", "add_f32"),
+        ("global", "pk_add_f16"),
+        ("global", "pk_add_bf16"),
+        ("buffer", "add_f32"),
+        ("buffer", "pk_add_f16"),
+    ],
+)
+def test_a_floating_atomic_adds(space: str, name: str) -> None:
     one = {"add_f32": 0x3F800000, "pk_add_f16": 0x3C004000, "pk_add_bf16": 0x3F804000}[name]  # 1, or (2, 1)
     total = {"add_f32": 0x42800000, "pk_add_f16": 0x54005800, "pk_add_bf16": 0x42804300}[name]  # 64, or (128, 64)
     data, memory = np.zeros(1, np.uint32), Memory()
     address = buffer(memory, data)
-    text = f"global_atomic_{name} v0, v1, s[2:3]"
+    text = {
+        "global": f"global_atomic_{name} v0, v1, s[2:3]",
+        "buffer": f"buffer_atomic_{name} v1, v0, s[4:7], 0 offen",
+    }[space]
     assemble([text])
-    execute(text, {"v0": 0, "v1": one, "s[2:3]": address}, memory=memory)
+    execute(text, {"v0": 0, "v1": one, "s[2:3]": address, **descriptor(address, 4)}, memory=memory)
     assert data[0] == total
 
 
@@ -286,6 +308,49 @@ def test_scratch_belongs_to_each_lane() -> None:
     assert set(get(state, "v9").ravel()) == {5}
     with pytest.raises(OutOfBounds, match="scratch byte 16 of 18"):
         execute(text, registers, scratch_bytes=18)
+
+
+SCRATCH = [0x1000 * i + LANE for i in range(1, 5)]
+
+
+@pytest.mark.parametrize("type_name", ["ubyte", "sbyte", "ushort", "sshort", "dword", "dwordx2", "dwordx3", "dwordx4"])
+def test_scratch_loads_every_type(type_name: str) -> None:
+    text = f"scratch_store_dwordx4 off, v[2:5], off\nscratch_load_{type_name} {registers_of(type_name, 10)}, off, off"
+    assemble(text.split("\n"))
+    registers = {f"v{2 + i}": values | np.uint64(0x80) for i, values in enumerate(SCRATCH)}
+    state = execute(text, registers, scratch_bytes=16)
+    for lane, got in enumerate(wide(state, type_name, 10)):
+        raw = b"".join(int(registers[f"v{2 + i}"][lane]).to_bytes(4, "little") for i in range(4))
+        assert got == loaded(np.frombuffer(raw, np.uint8), 0, type_name)
+
+
+@pytest.mark.parametrize("type_name", ["byte", "short", "dword", "dwordx2", "dwordx3", "dwordx4"])
+def test_scratch_stores_every_type_and_no_more(type_name: str) -> None:
+    text = (
+        "scratch_store_dwordx4 off, v[20:23], off\n"
+        f"scratch_store_{type_name} off, {registers_of(type_name, 2)}, off\n"
+        "scratch_load_dwordx4 v[10:13], off, off"
+    )
+    assemble(text.split("\n"))
+    registers = {f"v{2 + i}": values for i, values in enumerate(SCRATCH)}
+    state = execute(text, {**registers, **{f"v{20 + i}": 0xFFFFFFFF for i in range(4)}}, scratch_bytes=16)
+    bits = 8 * SIZES[type_name]
+    for lane, got in enumerate(wide(state, "dwordx4", 10)):
+        stored = sum(int(values[lane]) << 32 * i for i, values in enumerate(SCRATCH))
+        assert got == stored & ((1 << bits) - 1) | ((1 << 128) - 1) >> bits << bits
+
+
+@pytest.mark.parametrize("dwords", [1, 2, 3, 4])
+def test_lds_writes_of_every_width_write_that_and_no_more(dwords: int) -> None:
+    source = "v2" if dwords == 1 else f"v[2:{1 + dwords}]"
+    text = f"ds_write_b128 v0, v[20:23]\nds_write_b{32 * dwords} v0, {source}\nds_read_b128 v[10:13], v0"
+    assemble(text.split("\n"))
+    registers = {f"v{2 + i}": values for i, values in enumerate(SCRATCH)}
+    ones = {f"v{20 + i}": 0xFFFFFFFF for i in range(4)}
+    state = execute(text, {"v0": 16 * LANE, **registers, **ones}, lds_bytes=1024)
+    for i in range(4):
+        expected = SCRATCH[i].tolist() if i < dwords else [0xFFFFFFFF] * LANES
+        assert get(state, f"v{10 + i}")[0].tolist() == expected
 
 
 LDS_READS = {"b32": 4, "b64": 8, "b96": 12, "b128": 16, "u8": 1, "i8": -1, "u16": 2, "i16": -2}

@@ -6,7 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_ep.dispatch import RoutePlan, block_bound, plan_routes
-from tests.moe_ep.experts import make_experts, make_tokens, partial
+from tests.gfx942.driver import emulated
+from tests.moe_ep.experts import _partial, make_experts, make_tokens, partial
 from tests.moe_ep.ways import WAYS, Way, call, device_of
 
 by_way = pytest.mark.parametrize("way", [way for way in WAYS if way != "reference"])
@@ -92,3 +93,14 @@ def test_no_number_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch)
     for name in ("item", "tolist", "__bool__", "__int__", "__index__", "nonzero", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     partial(experts, batch, "gfx942", expert_map=expert_map)
+
+
+def test_other_numbers_of_tokens_do_not_compile_the_kernels_anew() -> None:
+    experts = make_experts(4, 64, 32, torch.device("cpu"))
+    with emulated() as chip:
+        chip.executes = False
+        for tokens in (5, 6, 7, 16, 17, 20, 21):  # 15 … 63 routes: one step of the plan's programs
+            _partial(experts, make_tokens(tokens, 64, 4, 3, torch.device("cpu")), "triton_kernel")
+    programs = {(launch.program.name, str(launch.constants)) for launch in chip.launches}
+    texts = {(launch.program.name, tuple(i.text for i in launch.program.instructions)) for launch in chip.launches}
+    assert len(texts) == len(programs)
