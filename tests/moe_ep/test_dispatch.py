@@ -63,7 +63,7 @@ def test_every_local_route_is_in_exactly_one_block_of_its_expert_and_no_other_ro
 @by_way
 def test_a_map_names_the_rows_and_ids_outside_it_have_none(way: Way) -> None:
     expert_map = [2, -1, 0, 1, -1]
-    ids = [0, 1, 2, 3, 4, -1, 5, 99, 2, 0]
+    ids = [0, 1, 2, 3, 4, -1, 5, 99, 2, 0, (1 << 32) + 2, -(1 << 32)]
     plan, _ = plan_of(way, ids, 3, 4, expert_map)
     check(plan, [expert_map[e] if 0 <= e < 5 else -1 for e in ids], 4)
 
