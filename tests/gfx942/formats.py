@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 U32 = NDArray[np.uint32]
 F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 
 Array = NDArray[Any]
 
@@ -90,3 +89,8 @@ def fma(a: F32, b: F32, c: F32) -> F32:
 def choose(mask: Array, a: Array, b: Array) -> Array:
     """a where `mask`, else b: np.where, whose annotations lose an array of any dtype."""
     return np.asarray(np.where(mask, a, b))
+
+
+def fma_f16(a: Array, b: Array, c: Array) -> Array:
+    """a·b + c in f16, rounded once: of halves the f64 product is exact, and so is a sum near a tie."""
+    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float16)

@@ -8,17 +8,13 @@ from numpy.typing import NDArray
 
 from tests.gfx942.assembly import Instruction
 from tests.gfx942.faults import UnknownOpcode
-from tests.gfx942.formats import fma
+from tests.gfx942.formats import fma, fma_f16
 from tests.gfx942.operands import Kind, Read, constant, destination, register
 from tests.gfx942.waves import Waves
 
 Step = Callable[[Waves], None]
 Array = NDArray[Any]
 u16, u32, f32 = np.uint16, np.uint32, np.float32
-
-
-def _fma_f16(a: Array, b: Array, c: Array) -> Array:
-    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float16)
 
 
 HALF_OPS: dict[str, tuple[Kind, Callable[..., Array]]] = {
@@ -39,7 +35,7 @@ HALF_OPS: dict[str, tuple[Kind, Callable[..., Array]]] = {
     "v_pk_mul_f16": ("f16", lambda a, b: a * b),
     "v_pk_min_f16": ("f16", np.fmin),
     "v_pk_max_f16": ("f16", np.fmax),
-    "v_pk_fma_f16": ("f16", _fma_f16),
+    "v_pk_fma_f16": ("f16", fma_f16),
 }
 """On the two halves of 32-bit registers."""
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tests.gfx942.assembly import Instruction
 from tests.gfx942.faults import UnknownOpcode
 from tests.gfx942.formats import choose
+from tests.gfx942.integers import leading_zeros, reversed_bits, trailing_zeros
 from tests.gfx942.operands import Kind, bits, destination, register, scalar
 from tests.gfx942.waves import EXEC, VCC, Waves
 
@@ -104,28 +105,6 @@ def _bit_count(value: Array) -> Array:
     return np.bitwise_count(value).astype(np.uint32)
 
 
-def _first_one(value: Array) -> Array:
-    lowest = value & (~value + value.dtype.type(1))
-    position = np.bitwise_count(lowest - value.dtype.type(1)).astype(np.uint32)
-    return np.where(value == 0, np.uint32(0xFFFFFFFF), position)
-
-
-def _leading_zeros(value: Array) -> Array:
-    width = value.dtype.itemsize * 8
-    filled = value.copy()
-    for step in (1, 2, 4, 8, 16, 32):
-        if step < width:
-            filled |= filled >> value.dtype.type(step)
-    return np.where(value == 0, np.uint32(0xFFFFFFFF), (width - np.bitwise_count(filled)).astype(np.uint32))
-
-
-def _reversed(value: Array) -> Array:
-    """The bits of uint32 in the opposite order."""
-    for step, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF)):
-        value = ((value >> np.uint32(step)) & np.uint32(mask)) | ((value & np.uint32(mask)) << np.uint32(step))
-    return (value >> np.uint32(16)) | (value << np.uint32(16))
-
-
 def _halves(low: int, high: int) -> Callable[[Array, Array], Array]:
     """s_pack: `low` and `high` say which half of the first and second operand is taken."""
 
@@ -172,8 +151,8 @@ def _table() -> dict[str, ScalarOp]:
         add(f"lshl_{suffix}", f"{kind} u32", kind, _nonzero(lambda a, b, top=top: a << (b & top).astype(a.dtype)))
         add(f"lshr_{suffix}", f"{kind} u32", kind, _nonzero(lambda a, b, top=top: a >> (b & top).astype(a.dtype)))
         add(f"bfe_{kind}", f"{kind} u32", kind, _nonzero(lambda a, b, top=top: _field(a, b, top + 1)))
-        add(f"ff1_i32_{suffix}", kind, "u32", _plain(_first_one))
-        add(f"flbit_i32_{suffix}", kind, "u32", _plain(_leading_zeros))
+        add(f"ff1_i32_{suffix}", kind, "u32", _plain(trailing_zeros))
+        add(f"flbit_i32_{suffix}", kind, "u32", _plain(leading_zeros))
         add(f"bcnt1_i32_{suffix}", kind, "u32", _nonzero(_bit_count))
     for kind in ("i32", "i64"):
         top = bits(kind) - 1
@@ -195,7 +174,7 @@ def _table() -> dict[str, ScalarOp]:
     add("cselect_b32", "u32 u32 scc", "u32", _plain(lambda a, b, c: choose(c != 0, a, b)))
     add("cselect_b64", "u64 u64 scc", "u64", _plain(lambda a, b, c: choose(c != 0, a, b)))
     add("bfm_b32", "u32 u32", "u32", _plain(lambda a, b: ((np.uint32(1) << (a & 31)) - np.uint32(1)) << (b & 31)))
-    add("brev_b32", "u32", "u32", _plain(_reversed))
+    add("brev_b32", "u32", "u32", _plain(reversed_bits))
     add("sext_i32_i8", "u32", "i32", _plain(lambda a: a.astype(np.uint8).view(np.int8)))
     add("sext_i32_i16", "u32", "i32", _plain(lambda a: a.astype(np.uint16).view(np.int16)))
     for name, (low, high) in {"ll": (0, 0), "lh": (0, 1), "hh": (1, 1)}.items():

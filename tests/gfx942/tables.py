@@ -29,7 +29,7 @@ def cost_rows() -> Rows:
             bounds = {f"{name} µs": round(seconds * 1e6, 2) for name, seconds in value.bounds.items()}
             rows[f"{workload.name}: {key}"] = {
                 "valu/weight": round(value.valu_per_weight, 2),
-                **{name: getattr(value, name) for name in ("valu", "mfma", "lds", "vmem", "scalar")},
+                **{name: getattr(value, name) for name in ("valu", "mfma", "lds", "vmem", "scalar", "bytes")},
                 **bounds,
             }
     return rows

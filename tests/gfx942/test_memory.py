@@ -18,7 +18,6 @@ from tests.gfx942.waves import LANES, Waves
 LANE = np.arange(LANES, dtype=np.uint64)
 SIZES = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2, "byte": 1, "dword": 4, "dwordx2": 8,
          "dwordx3": 12, "dwordx4": 16}  # fmt: skip
-WHOLE_BUFFER = 1 << 31
 
 
 def descriptor(address: int, size: int) -> dict[str, int]:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from tests.gfx942.assembly import Instruction
 from tests.gfx942.dpp import dpp_source
 from tests.gfx942.faults import UnknownOpcode
-from tests.gfx942.formats import BF8, FP8, choose, flush, fma, to_fnuz
+from tests.gfx942.formats import BF8, FP8, choose, flush, fma, fma_f16, to_fnuz
+from tests.gfx942.integers import leading_zeros, reversed_bits, trailing_zeros
 from tests.gfx942.operands import SELECTIONS, TYPES, Kind, Read, bits, destination, register, scalar, vector
 from tests.gfx942.waves import LANES, Waves
 
@@ -20,7 +21,6 @@ Source = Kind | Literal["dst", "mask"]
 """Of a vector instruction also: the old value of its destination, and one bit a lane from a scalar pair."""
 
 u32, i32, u64, i64, f32, f64 = np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64
-_LANE = np.arange(LANES)
 _BELOW_LOW = np.array([(1 << min(lane, 32)) - 1 for lane in range(LANES)], u32)
 _BELOW_HIGH = np.array([(1 << max(lane - 32, 0)) - 1 for lane in range(LANES)], u32)
 
@@ -89,25 +89,6 @@ def _perm(a: Array, b: Array, selector: Array) -> Array:
     return out
 
 
-def _reverse(a: Array) -> Array:
-    for step, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF)):
-        a = ((a >> u32(step)) & u32(mask)) | ((a & u32(mask)) << u32(step))
-    return (a >> u32(16)) | (a << u32(16))
-
-
-def _leading_zeros(a: Array) -> Array:
-    """Of the 32 bits, −1 where there is no one."""
-    filled = a.copy()
-    for step in (1, 2, 4, 8, 16):
-        filled |= filled >> u32(step)
-    return np.where(a == 0, u32(0xFFFFFFFF), u32(32) - np.bitwise_count(filled).astype(u32))
-
-
-def _trailing_zeros(a: Array) -> Array:
-    lowest = a & (~a + u32(1))
-    return np.where(a == 0, u32(0xFFFFFFFF), np.bitwise_count(lowest - u32(1)).astype(u32))
-
-
 def _ieee(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
     """min and max of IEEE mode: a quiet NaN gives way to a number, a signalling one becomes quiet and wins."""
 
@@ -139,11 +120,6 @@ def _toward_zero_f16(a: Array) -> Array:
     return np.where(too_far, half.view(np.uint16) - np.uint16(1), half.view(np.uint16)).astype(u32)
 
 
-def _fma_f16(a: Array, b: Array, c: Array) -> Array:
-    # The f64 product of two halves is exact, and so is the sum of any that could round differently.
-    return (a.astype(f64) * b.astype(f64) + c.astype(f64)).astype(np.float16)
-
-
 def _table() -> dict[str, VectorOp]:
     ops: dict[str, VectorOp] = {}
 
@@ -154,8 +130,8 @@ def _table() -> dict[str, VectorOp]:
     thirty_one = u32(31)
     add(
         "u32", "u32",
-        mov_b32=lambda a: a, not_b32=lambda a: ~a, bfrev_b32=_reverse, ffbh_u32=_leading_zeros,
-        ffbl_b32=_trailing_zeros, accvgpr_read_b32=lambda a: a, accvgpr_write_b32=lambda a: a,
+        mov_b32=lambda a: a, not_b32=lambda a: ~a, bfrev_b32=reversed_bits, ffbh_u32=leading_zeros,
+        ffbl_b32=trailing_zeros, accvgpr_read_b32=lambda a: a, accvgpr_write_b32=lambda a: a,
         accvgpr_mov_b32=lambda a: a,
     )  # fmt: skip
     add(
@@ -232,7 +208,7 @@ def _table() -> dict[str, VectorOp]:
     add("f32 i32", "f32", ldexp_f32=lambda a, b: np.ldexp(a.astype(f64), np.clip(b, -600, 600)).astype(f32))
     add("f16 f16", "f16", add_f16=lambda a, b: a + b, sub_f16=lambda a, b: a - b, mul_f16=lambda a, b: a * b)
     add("f16 f16", "f16", min_f16=np.fmin, max_f16=np.fmax)
-    add("f16 f16 f16", "f16", fma_f16=_fma_f16)
+    add("f16 f16 f16", "f16", fma_f16=fma_f16)
 
     add("u32", "f32", cvt_f32_u32=lambda a: a.astype(f32))
     add("i32", "f32", cvt_f32_i32=lambda a: a.astype(f32))
