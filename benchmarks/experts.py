@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from moe_ep import fused_moe_mxfp4
+from moe_ep.order import FIELD_OF_CODE_0
 from moe_ep.placement import Placement
 from moe_ep.shape import ModelShape
 
@@ -158,7 +159,7 @@ def random_weights(shape: ModelShape, held: int) -> tuple[Tensor, ...]:
     """Random codes; the scales keep activations near 1."""
 
     def codes(rows: int, k: int) -> tuple[Tensor, Tensor]:
-        scale = 127 - 1 - int(k).bit_length() // 2
+        scale = FIELD_OF_CODE_0 + 127 - 1 - int(k).bit_length() // 2
         return (
             torch.randint(0, 256, (held, rows, k // 2), dtype=torch.uint8, device="cuda"),
             torch.randint(scale - 1, scale + 2, (held, rows, k // 32), dtype=torch.uint8, device="cuda"),

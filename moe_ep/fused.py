@@ -35,6 +35,7 @@ def fused_moe_mxfp4(
     weight_order: Order = "checkpoint",
     impl: str = "auto",
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """This rank's partial of a mixture of mxfp4 experts.
 
@@ -60,6 +61,8 @@ def fused_moe_mxfp4(
         make a copy at each call, so for more than a try bring weights into kernel order once, as the backend does
     impl: "triton_kernel", "reference", or "auto": the kernels where they run, else the reference
     out_dtype: of the result; None for that of hidden_states
+    out: where to write it, contiguous [M, H] on the tokens' device; None for a new tensor. With it the kernels allocate
+        nothing after the first call of a shape
 
     Returns
     -------
@@ -77,6 +80,8 @@ def fused_moe_mxfp4(
         raise ValueError(f"swiglu_limit is {swiglu_limit!r}, expected a finite number above 0, or None")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype is {out_dtype}, expected a floating-point type")
+    if out is not None:
+        _check_out(out, hidden_states, out_dtype)
     if activation_dtype != "bf16":
         raise ValueError(f"activation_dtype is {activation_dtype!r}; implemented: 'bf16'")
     weights = ExpertWeights(
@@ -88,16 +93,21 @@ def fused_moe_mxfp4(
         None if b2 is None else b2.float().contiguous(),
         weight_order,
     )
-    experts: Callable[..., Tensor] = import_module(_IMPLS[_resolve(impl, hidden_states)]).experts
-    return experts(
+    experts: Callable[..., None] = import_module(_IMPLS[_resolve(impl, hidden_states)]).experts
+    if out is None:
+        out = torch.empty_like(
+            hidden_states, dtype=out_dtype or hidden_states.dtype, memory_format=torch.contiguous_format
+        )
+    experts(
         hidden_states.contiguous(),
         weights,
         topk_ids.contiguous(),
         None if expert_map is None else expert_map.to(topk_ids.device).contiguous(),
         topk_weights.float().contiguous(),
         swiglu_limit,
-        out_dtype or hidden_states.dtype,
+        out,
     )
+    return out
 
 
 def _resolve(impl: str, hidden_states: Tensor) -> str:
@@ -152,6 +162,16 @@ def _check(
     _check_dtypes(x, (w13, w2), (w13_scale, w2_scale), topk_ids, topk_weights)
     if expert_map is not None:
         _check_map(expert_map, local)
+
+
+def _check_out(out: Tensor, x: Tensor, out_dtype: torch.dtype | None) -> None:
+    if out.shape != x.shape or out.device != x.device or not out.is_contiguous() or not out.dtype.is_floating_point:
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device}, "
+            f"expected contiguous floats {list(x.shape)} on {x.device}"
+        )
+    if out_dtype not in (None, out.dtype):
+        raise ValueError(f"out is {out.dtype}, but out_dtype is {out_dtype}")
 
 
 def _check_map(expert_map: Tensor, local: int) -> None:

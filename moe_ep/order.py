@@ -9,7 +9,11 @@ which belongs to a block of its own with a scale of its own:
 Masked with 0x81C0 the word is a bfloat16 of the first code's value times 2^-126: the sign in its place, the exponent in
 the lowest two exponent bits, the mantissa in the highest mantissa bit, which is right for e2m1's denormals too. Shifted
 left by 3 and by 6 it is that of the second and third; only the fourth takes more. Masks and shifts hold for two words
-in 32 bits at once. The scales of a group are four bytes, in the order of the codes.
+in 32 bits at once.
+
+A scale is a byte here too, but of the exponent field of 2^(code − 65) in f32 and bf16, so that a shift makes a float of
+it: code + 62, and 255, infinity, from code 193 on. The codes of a block whose scale is NaN (255) are 0: zero times
+infinity is NaN again, whatever the activations. A group's scales are four bytes, in the order of the codes.
 """
 
 import torch
@@ -18,6 +22,9 @@ from torch import Tensor
 from moe_ep.mxfp4 import pack, unpack
 from moe_ep.shape import KERNEL_GROUP, MXFP4_BLOCK
 
+NAN_SCALE = 255
+"""e8m0's NaN; in kernel order infinity, over codes that are 0."""
+FIELD_OF_CODE_0 = 62
 _BLOCKS = KERNEL_GROUP // MXFP4_BLOCK
 
 
@@ -26,10 +33,19 @@ def padded(width: int) -> int:
     return -(-width // KERNEL_GROUP) * KERNEL_GROUP
 
 
-def to_kernel_order(packed: Tensor) -> Tensor:
-    """Packed uint8 [..., K/2] as checkpoints have it → uint8 [..., padded(K)/2] in kernel order; padding is 0."""
-    codes = _pad(unpack(packed), KERNEL_GROUP).int().unflatten(-1, (-1, _BLOCKS, MXFP4_BLOCK))
-    first, second, third, fourth = codes.unbind(-2)
+def to_kernel_order(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales as checkpoints have them → as the kernels read them.
+
+    Packed uint8 [..., K/2] and scales uint8 [..., K/32] → uint8 [..., padded(K)/2] and [..., padded(K)/32], padded
+    with 0.
+    """
+    codes = unpack(packed).unflatten(-1, (-1, MXFP4_BLOCK)).masked_fill((scale == NAN_SCALE)[..., None], 0).flatten(-2)
+    fields = scale.int().add_(FIELD_OF_CODE_0).clamp_(max=NAN_SCALE).to(torch.uint8)
+    return _words(_pad(codes, KERNEL_GROUP)), _pad(fields, _BLOCKS).contiguous()
+
+
+def _words(codes: Tensor) -> Tensor:
+    first, second, third, fourth = codes.int().unflatten(-1, (-1, _BLOCKS, MXFP4_BLOCK)).unbind(-2)
 
     def place(code: Tensor, sign: int, rest: int) -> Tensor:
         return (code >> 3) << sign | (code & 7) << rest
@@ -39,8 +55,11 @@ def to_kernel_order(packed: Tensor) -> Tensor:
     return word.to(torch.uint16).flatten(-2).view(torch.uint8)
 
 
-def from_kernel_order(ordered: Tensor, width: int) -> Tensor:
-    """The inverse: packed uint8 [..., K/2] with K = `width`."""
+def from_kernel_order(ordered: Tensor, fields: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The inverse, with K = `width`: packed uint8 [..., K/2] and scales uint8 [..., K/32].
+
+    What is not told apart in kernel order comes back as NaN: scales from 193 on.
+    """
     word = ordered.view(torch.uint16).int().unflatten(-1, (-1, MXFP4_BLOCK))
 
     def take(sign: int, rest: int) -> Tensor:
@@ -49,23 +68,31 @@ def from_kernel_order(ordered: Tensor, width: int) -> Tensor:
 
     fourth = (word >> 14 & 1) << 3 | (word >> 13 & 1) << 2 | word >> 10 & 3
     codes = torch.stack((take(15, 6), take(12, 3), take(9, 0), fourth), dim=-2)
-    return pack(codes.flatten(-3)[..., :width].to(torch.uint8))
+    taken = fields[..., : width // MXFP4_BLOCK]
+    scale = torch.where(taken == NAN_SCALE, taken, taken - FIELD_OF_CODE_0)
+    return pack(codes.flatten(-3)[..., :width].to(torch.uint8)), scale
 
 
-def pad_scales(scale: Tensor) -> Tensor:
-    """Scales uint8 [..., K/32] → [..., padded(K)/32]; the padding's codes are 0, whatever their scale."""
-    return _pad(scale, _BLOCKS)
+def order_in_place(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`to_kernel_order` of [L, N, K/2] and [L, N, K/32], in the same memory where K is whole groups.
+
+    One expert at a time, since on the way a code takes four bytes.
+    """
+    if 2 * packed.shape[-1] % KERNEL_GROUP:
+        width = padded(2 * packed.shape[-1])
+        ordered = (
+            packed.new_empty(*packed.shape[:-1], width // 2),
+            scale.new_empty(*scale.shape[:-1], width // MXFP4_BLOCK),
+        )
+    else:
+        ordered = packed, scale
+    for expert in range(len(packed)):
+        codes, fields = to_kernel_order(packed[expert], scale[expert])
+        ordered[0][expert].copy_(codes)
+        ordered[1][expert].copy_(fields)
+    return ordered
 
 
 def _pad(tensor: Tensor, multiple: int) -> Tensor:
     missing = -tensor.shape[-1] % multiple
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
-
-
-def order_in_place(packed: Tensor) -> Tensor:
-    """`to_kernel_order` of [L, N, K/2], one expert at a time: in the same memory where K is whole groups."""
-    if 2 * packed.shape[-1] % KERNEL_GROUP:
-        return to_kernel_order(packed)
-    for expert in packed:
-        expert.copy_(to_kernel_order(expert))
-    return packed

@@ -3,11 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from moe_ep.order import from_kernel_order, pad_scales, to_kernel_order
-from moe_ep.shape import MXFP4_BLOCK
+from moe_ep.order import from_kernel_order, order_in_place
 
 Order = Literal["checkpoint", "kernel"]
 
@@ -17,7 +15,7 @@ class ExpertWeights:
     """The L experts of a rank; everything is contiguous and on one device.
 
     w13 uint8 [L, 2I, H/2] (w1's rows, then w3's), w13_scale uint8 [L, 2I, H/32], w2 uint8 [L, H, I/2],
-    w2_scale uint8 [L, H, I/32]; biases f32 [L, 2I] and [L, H], or None. In kernel order the codes lie as
+    w2_scale uint8 [L, H, I/32]; biases f32 [L, 2I] and [L, H], or None. In kernel order codes and scales are as
     `moe_ep.order` says, and K, the last dimension, is padded there to a multiple of 128.
     """
 
@@ -43,29 +41,13 @@ class ExpertWeights:
         """These weights, or a copy of them in kernel order."""
         if self.order == "kernel":
             return self
-        return replace(
-            self,
-            w13=_ordered(self.w13),
-            w13_scale=pad_scales(self.w13_scale).contiguous(),
-            w2=_ordered(self.w2),
-            w2_scale=pad_scales(self.w2_scale).contiguous(),
-            order="kernel",
-        )
+        w13, w13_scale = order_in_place(self.w13.clone(), self.w13_scale.clone())
+        w2, w2_scale = order_in_place(self.w2.clone(), self.w2_scale.clone())
+        return replace(self, w13=w13, w13_scale=w13_scale, w2=w2, w2_scale=w2_scale, order="kernel")
 
     def expert(self, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One expert's w13, w13_scale, w2 and w2_scale as a checkpoint has them."""
         w13, s13, w2, s2 = (t[row] for t in (self.w13, self.w13_scale, self.w2, self.w2_scale))
         if self.order == "checkpoint":
             return w13, s13, w2, s2
-        hidden, inner = self.w2.shape[1], self.inner
-        return (
-            from_kernel_order(w13, hidden),
-            s13[:, : hidden // MXFP4_BLOCK],
-            from_kernel_order(w2, inner),
-            s2[:, : inner // MXFP4_BLOCK],
-        )
-
-
-def _ordered(packed: Tensor) -> Tensor:
-    """One expert at a time: on the way a code takes four bytes."""
-    return torch.stack([to_kernel_order(expert) for expert in packed]) if len(packed) else to_kernel_order(packed)
+        return (*from_kernel_order(w13, s13, self.w2.shape[1]), *from_kernel_order(w2, s2, self.inner))

@@ -36,12 +36,12 @@ def experts(
     expert_map: Tensor | None,
     topk_weights: Tensor,
     swiglu_limit: float | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Partial [M, H] of the local experts for x bf16 [M, H]; topk_ids and expert_map as of `fused_moe_mxfp4`."""
+    out: Tensor,
+) -> None:
+    """Write the partial [M, H] of the local experts for x bf16 [M, H]; ids and map as of `fused_moe_mxfp4`."""
     local_ids = localise(topk_ids, expert_map, weights.count)
     hidden = x.float()
-    out = torch.zeros_like(hidden)
+    total = torch.zeros_like(hidden)
     for e in range(weights.count):
         token, slot = (local_ids == e).nonzero(as_tuple=True)
         if token.numel() == 0:
@@ -55,8 +55,8 @@ def experts(
             None if weights.b2 is None else weights.b2[e],
             swiglu_limit,
         )
-        out.index_add_(0, token, y * topk_weights[token, slot].unsqueeze(-1))
-    return out.to(out_dtype)
+        total.index_add_(0, token, y * topk_weights[token, slot].unsqueeze(-1))
+    out.copy_(total)
 
 
 class ReferenceBackend(Mxfp4Backend):

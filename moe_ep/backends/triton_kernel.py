@@ -1,19 +1,32 @@
-"""The experts as Triton kernels: sort the routes, two grouped GEMMs, combine."""
+"""The experts as Triton and Gluon kernels: plan the routes, two grouped GEMMs, combine."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor, nn
 from triton.runtime import driver
+from triton.runtime.interpreter import InterpretedFunction
 
+from moe_ep import tables, workspace
 from moe_ep.backends.base import Mxfp4Backend
-from moe_ep.dispatch import plan_routes
+from moe_ep.dispatch import Planner, plan_parts, planner
+from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.down import combine_kernel, down_kernel
 from moe_ep.kernels.gate_up import gate_up_kernel
-from moe_ep.kernels.launch import Target, choose, interpreted
-from moe_ep.order import order_in_place, pad_scales
+from moe_ep.kernels.launch import Gemm, LaunchConfig, choose
+from moe_ep.order import order_in_place
 from moe_ep.weights import ExpertWeights
 
 _COMBINE_BLOCK = 1024
+_KEPT_SHAPES = 4096  # ops of other shapes that are kept ready: every number of tokens of a prefill is one
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which is decided when they are defined."""
+    return isinstance(combine_kernel, InterpretedFunction)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -27,9 +40,137 @@ def runs_on(device: torch.device) -> bool:
     return active.type == device.type
 
 
+@dataclass(frozen=True)
+class Target:
+    """What Triton compiles for: "cuda" with sm90, or "hip" with gfx942. The interpreter takes what AMD's GPUs take."""
+
+    backend: str
+    arch: str
+    warp_size: int
+
+    @property
+    def pdl(self) -> bool:
+        """Whether a kernel may start before the one before it has ended (programmatic dependent launch)."""
+        return self.backend == "cuda" and int(self.arch.removeprefix("sm")) >= 90
+
+
 def _target() -> Target:
-    """What Triton compiles for; the interpreter takes what AMD's GPUs take."""
-    return "cuda" if not interpreted() and driver.active.get_current_target().backend == "cuda" else "hip"
+    if interpreted():
+        return Target("hip", "interpreter", 64)
+    target = driver.active.get_current_target()
+    return Target(target.backend, f"sm{target.arch}" if target.backend == "cuda" else target.arch, target.warp_size)
+
+
+def launch_config(routes: int, num_experts: int, hidden: int, inner: int, target: Target) -> LaunchConfig:
+    """What computes `routes` routes over all of the model's experts on this target."""
+    return choose(tables.find(target.arch), routes, num_experts, hidden, inner, target.warp_size)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """All that the launches of an op depend on, besides what its tensors hold."""
+
+    tokens: int
+    hidden: int
+    inner: int
+    top_k: int
+    local: int
+    known: int
+    mapped: bool
+    biased: tuple[bool, bool]
+    limited: bool
+    dtypes: tuple[torch.dtype, ...]
+    aligned: tuple[bool, ...]
+    device: torch.device
+    stream: int
+    target: Target
+    tables: str | None
+
+
+@dataclass(frozen=True)
+class _Op:
+    """An op's launches and the memory between them, ready for one shape."""
+
+    plan: Planner
+    gate_up: BoundLaunch
+    down: BoundLaunch
+    combine: BoundLaunch
+    h: Tensor
+    y: Tensor
+
+
+@lru_cache(maxsize=_KEPT_SHAPES)
+def _op(shape: _Shape) -> _Op:
+    routes = shape.tokens * shape.top_k
+    config = launch_config(routes, shape.known, shape.hidden, shape.inner, shape.target)
+    parts = workspace.carve(
+        shape.device,
+        shape.stream,
+        {
+            **plan_parts(shape.tokens, shape.hidden, shape.top_k, shape.local, config.block_m),
+            "h": ((routes, shape.inner), torch.bfloat16),
+            "y": ((routes, shape.hidden), torch.float32),
+        },
+    )
+    pdl = shape.target.pdl
+    plan = planner(
+        *(parts, shape.local, shape.known, config.block_m),
+        mapped=shape.mapped,
+        in_places=config.kernel == "warpgroup",
+        pdl=pdl,
+    )
+    gate_up, down = _gemms(shape, config, plan.plan.blocks)
+    combine = {
+        "LOCAL": shape.local,
+        "HAS_MAP": shape.mapped,
+        "HIDDEN": shape.hidden,
+        "TOP_K": shape.top_k,
+        "PDL": pdl,
+        "BLOCK_H": _COMBINE_BLOCK,
+    }
+    programs = shape.tokens * triton.cdiv(shape.hidden, _COMBINE_BLOCK)
+    return _Op(plan, gate_up, down, BoundLaunch(combine_kernel, programs, combine, pdl=pdl), parts["h"], parts["y"])
+
+
+def _gemms(shape: _Shape, config: LaunchConfig, blocks: int) -> tuple[BoundLaunch, BoundLaunch]:
+    common = {"HIDDEN": shape.hidden, "INTER": shape.inner, "BLOCK_M": config.block_m}
+    gate_up: dict[str, Any] = {
+        **common,
+        "TOP_K": shape.top_k,
+        "HAS_BIAS": shape.biased[0],
+        "HAS_LIMIT": shape.limited,
+        "BLOCK_N": config.gate_up.block_n,
+    }
+    down: dict[str, Any] = {**common, "HAS_BIAS": shape.biased[1], "BLOCK_N": config.down.block_n}
+    if config.kernel == "tile":
+        own = {"DECODE": "ptx" if shape.target.backend == "cuda" else "bits"}
+        return (
+            _gemm(gate_up_kernel, blocks, shape.inner, config.gate_up, gate_up | own),
+            _gemm(down_kernel, blocks, shape.hidden, config.down, down | own),
+        )
+    gate_up |= {"PDL": shape.target.pdl, "STAGES": config.gate_up.stages}
+    down |= {"PDL": shape.target.pdl, "STAGES": config.down.stages}
+    # Gluon is imported only where it runs: the interpreter has none, and only some devices have these kernels.
+    if config.kernel == "stream":
+        from moe_ep.kernels.stream import down_stream as down_gluon
+        from moe_ep.kernels.stream import gate_up_stream as gate_up_gluon
+
+        gate_up |= {"CDNA": shape.target.backend == "hip", "SLICES": config.gate_up.slices}
+        down |= {"CDNA": shape.target.backend == "hip", "SLICES": config.down.slices}
+    else:
+        from moe_ep.kernels.warpgroup import down_warpgroup as down_gluon
+        from moe_ep.kernels.warpgroup import gate_up_warpgroup as gate_up_gluon
+    return (
+        _gemm(gate_up_gluon, blocks, shape.inner, config.gate_up, gate_up),
+        _gemm(down_gluon, blocks, shape.hidden // 2, config.down, down),
+    )
+
+
+def _gemm(kernel: Any, blocks: int, rows: int, gemm: Gemm, constants: dict[str, Any]) -> BoundLaunch:
+    programs = blocks * triton.cdiv(rows, gemm.block_n)
+    return BoundLaunch(
+        kernel, programs, constants, warps=gemm.warps, stages=gemm.stages, pdl=bool(constants.get("PDL"))
+    )
 
 
 def experts(
@@ -39,80 +180,74 @@ def experts(
     expert_map: Tensor | None,
     topk_weights: Tensor,
     swiglu_limit: float | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """As `reference.experts`. Raises `ValueError` where the kernels do not run on x's device."""
-    tokens, hidden = x.shape
-    top_k, inner = topk_ids.shape[1], weights.inner
-    routes = tokens * top_k
-    if routes == 0 or weights.count == 0:
-        return x.new_zeros(tokens, hidden, dtype=out_dtype)
+    if topk_ids.numel() == 0 or weights.count == 0:
+        out.zero_()
+        return
     if not runs_on(x.device):
         raise ValueError(
             f"impl 'triton_kernel' does not run on {x.device} here: set TRITON_INTERPRET=1 before "
             "moe_ep's kernels are imported (Triton's interpreter), or use impl 'reference'"
         )
-
     weights = weights.in_kernel_order()
-    target = _target()
-    known = weights.count if expert_map is None else expert_map.numel()
-    tile = choose(routes, known, target)
-    plan, shifted = plan_routes(x, topk_ids, expert_map, weights.count, tile.block_m)
+    op = _op(_shape(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, out))
+    op.plan(x, topk_ids, expert_map)
+    plan = op.plan.plan
     blocks = (plan.route, plan.block_expert, plan.block_start, plan.block_end)
-    options = {
-        "HIDDEN": hidden,
-        "INTER": inner,
-        "DECODE": "ptx" if target == "cuda" else "bits",
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
     w13, w2 = weights.w13.view(torch.uint16), weights.w2.view(torch.uint16)
     s13, s2 = weights.w13_scale.view(torch.uint32), weights.w2_scale.view(torch.uint32)
-    h = x.new_empty(routes, inner)
-    gate_up_kernel[(plan.block_expert.numel() * triton.cdiv(inner, tile.block_n),)](
-        *(shifted, w13, s13, x if weights.b13 is None else weights.b13, h),
-        *blocks,
-        0.0 if swiglu_limit is None else float(swiglu_limit),
-        TOP_K=top_k,
-        HAS_BIAS=weights.b13 is not None,
-        HAS_LIMIT=swiglu_limit is not None,
-        **options,
+    limit = 0.0 if swiglu_limit is None else float(swiglu_limit)
+    op.gate_up(op.plan.shifted, w13, s13, x if weights.b13 is None else weights.b13, op.h, *blocks, limit)
+    op.down(op.h, w2, s2, x if weights.b2 is None else weights.b2, topk_weights, op.y, *blocks)
+    op.combine(op.y, topk_ids, topk_ids if expert_map is None else expert_map, out, op.plan.known)
+
+
+def _shape(
+    x: Tensor,
+    weights: ExpertWeights,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    topk_weights: Tensor,
+    swiglu_limit: float | None,
+    out: Tensor,
+) -> _Shape:
+    mapped = topk_ids if expert_map is None else expert_map
+    b13, b2 = x if weights.b13 is None else weights.b13, x if weights.b2 is None else weights.b2
+    packed = (weights.w13, weights.w13_scale, weights.w2, weights.w2_scale)
+    tensors = (x, topk_ids, mapped, topk_weights, out, b13, b2, *packed)
+    return _Shape(
+        tokens=x.shape[0],
+        hidden=x.shape[1],
+        inner=weights.inner,
+        top_k=topk_ids.shape[1],
+        local=weights.count,
+        known=weights.count if expert_map is None else expert_map.numel(),
+        mapped=expert_map is not None,
+        biased=(weights.b13 is not None, weights.b2 is not None),
+        limited=swiglu_limit is not None,
+        dtypes=(topk_ids.dtype, mapped.dtype, out.dtype),
+        aligned=tuple(t.data_ptr() % 16 == 0 for t in tensors),
+        device=x.device,
+        stream=driver.active.get_current_stream(x.device.index) if x.is_cuda else 0,
+        target=_target(),
+        tables=tables.directory(),
     )
-    y = x.new_empty(routes, hidden, dtype=torch.float32)
-    down_kernel[(plan.block_expert.numel() * triton.cdiv(hidden, tile.block_n),)](
-        *(h, w2, s2, x if weights.b2 is None else weights.b2, topk_weights, y),
-        *blocks,
-        HAS_BIAS=weights.b2 is not None,
-        **options,
-    )
-    out = x.new_empty(tokens, hidden, dtype=out_dtype)
-    combine_kernel[(tokens * triton.cdiv(hidden, _COMBINE_BLOCK),)](
-        *(y, topk_ids, topk_ids if expert_map is None else expert_map, out),
-        known,
-        LOCAL=weights.count,
-        HAS_MAP=expert_map is not None,
-        HIDDEN=hidden,
-        TOP_K=top_k,
-        BLOCK_H=_COMBINE_BLOCK,
-    )
-    return out
 
 
 class TritonKernelBackend(Mxfp4Backend):
-    """Grouped Triton GEMMs on any GPU that Triton compiles for, and in its interpreter on a CPU."""
+    """Grouped GEMMs in Triton and Gluon on any GPU that Triton compiles for, and in its interpreter on a CPU."""
 
     impl = "triton_kernel"
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Put the codes in kernel order, in place where K is a multiple of 128."""
+        """Put codes and scales in kernel order, in place where K is a multiple of 128."""
         if getattr(layer, "weight_order", "checkpoint") == "kernel":
             return
         for name in ("w13_weight", "w2_weight"):
             weight, scale = layer.get_parameter(name), layer.get_parameter(f"{name}_scale")
-            weight.data = order_in_place(weight.data)
-            scale.data = pad_scales(scale.data).contiguous()
+            weight.data, scale.data = order_in_place(weight.data, scale.data)
         layer.weight_order = "kernel"  # type: ignore[assignment]  # an attribute like swiglu_arg
 
     @classmethod

@@ -1,14 +1,14 @@
 """Device functions: weights in kernel order to bfloat16, and their scales.
 
-A weight comes out of its bits as value · 2^-126 (`moe_ep.order`). What makes it good is partly in its scale and partly
-in the activations, which the kernels get times 2^64: then the products are of middle size in f32.
+A weight comes out of its bits as value · 2^-126, and its scale as 2^(code − 65) (`moe_ep.order`). What is missing is in
+the activations, which the kernels get times 2^64: then the products are of middle size in f32.
 
-    bits    any device: the f32 sum of each block is multiplied by 2^(scale code − 65)
-    ptx     NVIDIA: a packed bfloat16 product applies that to two weights at once, so that sums need no scale. Weights
+    bits    any device: the f32 sum of each block is multiplied by the scale
+    ptx     NVIDIA: a packed bfloat16 product applies it to two weights at once, so that sums need no scale. Weights
             under scales below 2^-68 lose bits, and then flush to zero.
 
-A scale of 2^66 and more, and an activation of 2^64 and more, overflows in both, to infinity and not to a wrong number;
-code 255 stays NaN.
+A scale of 2^66 and more, and an activation of 2^64 and more, overflows in both, to infinity or NaN and not to a wrong
+number; code 255 stays NaN.
 """
 
 import triton
@@ -38,19 +38,15 @@ mul.rn.bf16x2 $3, a, $8;
 
 
 @triton.jit
-def scale_f32(scales, BLOCK: tl.constexpr):
-    """2^(code−65) of block BLOCK (0…3) of a group: NaN for code 255, infinity from 193 on."""
-    code = (scales >> (8 * BLOCK)) & 0xFF
-    bits = tl.where(code == 255, 0x7FC00000, tl.minimum(code + 62, 255) << 23)
-    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+def scale_f32(fields, BLOCK: tl.constexpr):
+    """2^(code−65) of block BLOCK (0…3) of a group's exponent fields uint32: infinity where the field is 255."""
+    return (((fields >> (8 * BLOCK)) & 0xFF) << 23).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def scale_bf16(scales, BLOCK: tl.constexpr):
+def scale_bf16(fields, BLOCK: tl.constexpr):
     """The same as bf16."""
-    code = (scales >> (8 * BLOCK)) & 0xFF
-    bits = tl.where(code == 255, 0x7FC0, tl.minimum(code + 62, 255) << 7)
-    return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return (((fields >> (8 * BLOCK)) & 0xFF) << 7).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_ep.kernels.decode import load_group, multiply_group
 from moe_ep.kernels.plan import local_row
@@ -75,10 +76,14 @@ def combine_kernel(
     HAS_MAP: tl.constexpr,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_H: tl.constexpr,  # hidden features
 ):
     # The trick: a token's routes are added in the order of its slots by one program, so the sum is the same
     # in every run; remote slots were never written and are not read.
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     n_tiles: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
     token = (tl.program_id(0) // n_tiles).to(tl.int64)
     n = tl.program_id(0) % n_tiles * BLOCK_H + tl.arange(0, BLOCK_H)

@@ -1,53 +1,110 @@
-"""Block sizes by device and problem, with a fallback for every problem."""
+"""Which kernel makes the grouped GEMMs, with which tile: by arch and regime from a table, else a fallback."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-Target = Literal["cuda", "hip"]
+Kernel = Literal["stream", "warpgroup", "tile"]
+"""stream: few rows an expert, `kernels.stream`. warpgroup: many, on Hopper. tile: any device, any shape."""
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """Tile of one grouped GEMM: rows of weights, warps, slices of K that warps share out, and stages under way."""
+
+    block_n: int
+    warps: int
+    stages: int
+    slices: int = 1
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile of a grouped GEMM. `block_m` is also what the routes are blocked by: the two must agree."""
+    """What computes an op's two GEMMs. `block_m` is also what the routes are blocked by: the two must agree."""
 
+    kernel: Kernel
     block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
+    gate_up: Gemm
+    down: Gemm
 
 
-TABLES: dict[Target, tuple[LaunchConfig, ...]] = {
-    # Measured on an H100 at V4's shapes.
-    "cuda": (
-        LaunchConfig(block_m=16, block_n=64, num_warps=4, num_stages=3),
-        LaunchConfig(block_m=32, block_n=64, num_warps=4, num_stages=3),
-        LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=3),
-        LaunchConfig(block_m=128, block_n=64, num_warps=4, num_stages=3),
-    ),
-    # Not measured: compiled, they spill nothing and leave LDS for two workgroups and more.
-    "hip": (
-        LaunchConfig(block_m=16, block_n=64, num_warps=4, num_stages=2),
-        LaunchConfig(block_m=32, block_n=64, num_warps=4, num_stages=2),
-        LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=2),
-    ),
-}
-"""By rising rows. 16 rows is the least that a matrix instruction takes."""
+@dataclass(frozen=True)
+class Regime:
+    """A configuration for up to `rows` routes an expert, on average over all experts of the model."""
+
+    rows: float
+    config: LaunchConfig
 
 
-def choose(routes: int, num_experts: int, target: Target) -> LaunchConfig:
-    """A tile for `routes` = M·k routes over all `num_experts` experts of the model, this rank's among them.
+@dataclass(frozen=True)
+class Table:
+    """The regimes of an arch by rising rows, and where they come from."""
 
-    The smallest that holds most experts' routes at once, since every further block of an expert decodes its weights
-    again; beyond the largest tile, the largest.
+    arch: str
+    source: str
+    regimes: tuple[Regime, ...]
+
+
+FALLBACK = "fallback: tiles for any device and shape"
+"""The source of configurations that no table gives."""
+
+
+def tile(rows: float, warp_size: int = 32) -> LaunchConfig:
+    """A tile that every device takes: the smallest that holds most experts' routes at once.
+
+    Every further block of an expert decodes its weights again; beyond the largest tile, the largest. 16 rows are the
+    least that a matrix instruction takes. CDNA's waves hold a tile of 128 rows only by spilling.
     """
-    likely = routes * 5 // (4 * num_experts)
-    return next((tile for tile in TABLES[target] if likely <= tile.block_m), TABLES[target][-1])
+    sizes, stages = ((16, 32, 64), 2) if warp_size == 64 else ((16, 32, 64, 128), 3)
+    block_m = next((size for size in sizes if rows * 5 / 4 <= size), sizes[-1])
+    gemm = Gemm(block_n=64, warps=4, stages=stages)
+    return LaunchConfig("tile", block_m, gemm, gemm)
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which is decided when they are defined."""
-    from triton.runtime.interpreter import InterpretedFunction
+def choose(
+    table: Table | None, routes: int, num_experts: int, hidden: int, inner: int, warp_size: int = 32
+) -> LaunchConfig:
+    """The configuration for `routes` = M·k routes over all `num_experts` experts of the model, this rank's among them.
 
-    from moe_ep.kernels.down import combine_kernel
+    The first regime of the table that holds them, the last beyond that, made to fit H and this rank's I; the
+    fallback where it cannot, or where there is no table.
+    """
+    rows = routes / num_experts
+    if table is not None:
+        regime = next((r for r in table.regimes if rows <= r.rows), table.regimes[-1])
+        if fitted := fit(regime.config, hidden, inner):
+            return fitted
+    return tile(rows, warp_size)
 
-    return isinstance(combine_kernel, InterpretedFunction)
+
+def fit(config: LaunchConfig, hidden: int, inner: int) -> LaunchConfig | None:
+    """The configuration with tiles, slices and stages made smaller until they divide H and I; None where none do."""
+    if config.kernel == "tile":
+        return config
+    fitted = _fit_stream if config.kernel == "stream" else _fit_warpgroup
+    # The down projection's tile is two halves of block_n rows, as gate and up are.
+    gate_up, down = fitted(config.gate_up, hidden, inner), fitted(config.down, inner, hidden // 2)
+    return replace(config, gate_up=gate_up, down=down) if gate_up and down else None
+
+
+def _fit_stream(gemm: Gemm, k: int, n: int) -> Gemm | None:
+    groups, across = k // 128, gemm.warps // gemm.slices
+    if k % 128 or n % 16:
+        return None
+    slices = _halved(gemm.slices, groups)
+    stages = next(s for s in range(gemm.stages, 0, -1) if groups // slices % s == 0)
+    block_n = max(16, _halved(gemm.block_n, n))
+    return Gemm(block_n, slices * min(across, block_n // 16), stages, slices)
+
+
+def _fit_warpgroup(gemm: Gemm, k: int, n: int) -> Gemm | None:
+    block_n = _halved(gemm.block_n, n)
+    if k % 128 or block_n < 64:  # a warpgroup is four warps of 16 rows
+        return None
+    return replace(gemm, block_n=block_n, warps=min(gemm.warps, block_n // 16))
+
+
+def _halved(size: int, whole: int) -> int:
+    """The largest of size, size/2, … 1 that divides `whole`."""
+    while whole % size:
+        size //= 2
+    return size

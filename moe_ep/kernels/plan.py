@@ -6,6 +6,7 @@ and ids that do not exist are never listed anywhere.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -17,6 +18,16 @@ def local_row(ids_ptr, map_ptr, route, mask, known, LOCAL: tl.constexpr, HAS_MAP
     expert = tl.where(exists, wide, 0).to(tl.int32)
     row = tl.load(map_ptr + expert, mask=exists, other=-1).to(tl.int32) if HAS_MAP else expert
     return tl.where(exists & (row < LOCAL), row, -1)
+
+
+@triton.jit
+def shift(x_ptr, shifted_ptr, program, elements, IN_PLACES: tl.constexpr, BLOCK_X: tl.constexpr):
+    """x times 2^64, which the kernels' weights lack; in the places of `kernels.warpgroup` if IN_PLACES."""
+    i = program.to(tl.int64) * BLOCK_X + tl.arange(0, BLOCK_X)
+    x = tl.load(x_ptr + i, mask=i < elements, other=0.0).to(tl.float32)
+    # The rows' width is a multiple of 32, so places within a row are places within all of x.
+    to = (i & -32) | ((i & 6) << 2) | ((i & 24) >> 2) | (i & 1) if IN_PLACES else i
+    tl.store(shifted_ptr + to, (x * 18446744073709551616.0).to(tl.bfloat16), mask=i < elements)  # 2^64
 
 
 @triton.jit(do_not_specialize=["routes", "known", "elements"])
@@ -31,11 +42,16 @@ def count_kernel(
     elements,  # M·H
     LOCAL: tl.constexpr,
     HAS_MAP: tl.constexpr,
+    IN_PLACES: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_R: tl.constexpr,  # routes a step
     BLOCK_X: tl.constexpr,  # elements of x a program
 ):
     # Layout: the first LOCAL programs count the routes of an expert each; those after them shift a part of x each,
     # which has nothing to do with it but the launch.
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     program = tl.program_id(0)
     if program < LOCAL:
         found = tl.zeros((BLOCK_R,), dtype=tl.int32)
@@ -44,34 +60,61 @@ def count_kernel(
             found += (local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP) == program).to(tl.int32)
         tl.store(count_ptr + program, tl.sum(found, 0))
     else:
-        i = (program - LOCAL).to(tl.int64) * BLOCK_X + tl.arange(0, BLOCK_X)
-        x = tl.load(x_ptr + i, mask=i < elements, other=0.0).to(tl.float32)
-        tl.store(shifted_ptr + i, (x * 18446744073709551616.0).to(tl.bfloat16), mask=i < elements)  # 2^64
+        shift(x_ptr, shifted_ptr, program - LOCAL, elements, IN_PLACES, BLOCK_X)
 
 
-@triton.jit(do_not_specialize=["routes", "known", "blocks"])
+@triton.jit
+def count_all(ids_ptr, map_ptr, routes, known, LOCAL: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK_L: tl.constexpr):
+    """The routes of each local expert, int32 [BLOCK_L], counted by this program alone."""
+    row = tl.arange(0, BLOCK_L)
+    counts = tl.zeros((BLOCK_L,), dtype=tl.int32)
+    for start in range(0, routes, 64):
+        route = start + tl.arange(0, 64)
+        rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
+        counts += tl.sum((rows[:, None] == row[None, :]).to(tl.int32), 0)
+    return counts
+
+
+@triton.jit(do_not_specialize=["routes", "known", "blocks", "elements"])
 def place_kernel(
     ids_ptr,  # int [M·TOP_K]
     map_ptr,  # int [known], read if HAS_MAP
-    count_ptr,  # int32 [LOCAL]
+    count_ptr,  # int32 [LOCAL], read unless ALONE
     route_ptr,  # out: int32 [routes]: routes sorted by local row, the order within one kept; the rest is not written
     block_expert_ptr,  # out: int32 [blocks]: local row of each block, −1 past the last
     block_start_ptr,  # out: int32 [blocks]: its first position in the sorted routes
     block_end_ptr,  # out: int32 [blocks]: one past its last
+    x_ptr,  # as in count_kernel, read if ALONE
+    shifted_ptr,  # out: as in count_kernel, written if ALONE
     routes,
     known,
     blocks,  # the most that there can be
+    elements,
+    ALONE: tl.constexpr,  # there was no count_kernel: count and shift here
     LOCAL: tl.constexpr,
     HAS_MAP: tl.constexpr,
+    IN_PLACES: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_L: tl.constexpr,  # a power of two, at least LOCAL
     BLOCK_M: tl.constexpr,  # routes of a block
     BLOCK_R: tl.constexpr,  # routes, and blocks, a step
+    BLOCK_X: tl.constexpr,  # elements of x a program
 ):
-    # Layout: program e places the routes and blocks of expert e; one more marks the blocks that are not used.
+    # Layout: program e places the routes and blocks of expert e; one more marks the blocks that are not used; those
+    # after it shift x.
     # The trick: each adds up the counts of the experts before it, so no program waits for another.
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     expert = tl.program_id(0)
+    if expert > LOCAL:
+        shift(x_ptr, shifted_ptr, expert - LOCAL - 1, elements, IN_PLACES, BLOCK_X)
+        return
     row = tl.arange(0, BLOCK_L)
-    counts = tl.load(count_ptr + row, mask=row < LOCAL, other=0)
+    if ALONE:
+        counts = count_all(ids_ptr, map_ptr, routes, known, LOCAL, HAS_MAP, BLOCK_L)
+    else:
+        counts = tl.load(count_ptr + row, mask=row < LOCAL, other=0)
     before = row < expert
     first = tl.sum(tl.where(before, counts, 0), 0)
     first_block = tl.sum(tl.where(before, (counts + BLOCK_M - 1) // BLOCK_M, 0), 0)

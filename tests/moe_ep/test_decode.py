@@ -45,8 +45,14 @@ def test_every_code_with_every_scale_is_its_value(way: Way, device: torch.device
     codes = ((codes + torch.arange(4, dtype=torch.uint8)[:, None]) % 16).flatten().expand(256, 128)
     packed = pack(codes).to(device)
     scale = torch.arange(256, dtype=torch.uint8, device=device)[:, None].expand(256, 4).contiguous()
-    words = to_kernel_order(packed).view(torch.uint16)
-    got = call(way, _decode, words, scale.view(torch.uint32).flatten(), "ptx" if way == "cuda" else "bits")
+    ordered, fields = to_kernel_order(packed, scale)
+    got = call(
+        way,
+        _decode,
+        ordered.view(torch.uint16),
+        fields.view(torch.uint32).flatten(),
+        "ptx" if way == "cuda" else "bits",
+    )
     expected = dequantise(packed, scale)
     assert expected.isnan().sum() == 128
     rows = slice(59 if way == "cuda" else 0, 193)  # the documented limits: far outside what a checkpoint has

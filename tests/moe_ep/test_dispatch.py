@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moe_ep.dispatch import RoutePlan, block_bound, plan_routes
+from moe_ep.dispatch import RoutePlan, block_bound, plan_parts, planner
 from tests.gfx942.driver import emulated
 from tests.moe_ep.experts import _partial, make_experts, make_tokens, partial
 from tests.moe_ep.ways import WAYS, Way, call, device_of
@@ -19,9 +19,22 @@ def plan_of(
     device = device_of(way)
     mapped = None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32, device=device)
     x = torch.randn(len(ids), 64, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
-    plan, shifted = call(way, plan_routes, x, torch.tensor(ids, device=device).unsqueeze(1), mapped, local, block_m)
+    plan, shifted = call(way, _plan, x, torch.tensor(ids, device=device).unsqueeze(1), mapped, local, block_m)
     assert torch.equal(shifted, x * 2.0**64)
     return plan, shifted
+
+
+def _plan(
+    x: torch.Tensor, ids: torch.Tensor, mapped: torch.Tensor | None, local: int, block_m: int, in_places: bool = False
+) -> tuple[RoutePlan, torch.Tensor]:
+    parts = {
+        name: torch.empty(shape, dtype=dtype, device=x.device)
+        for name, (shape, dtype) in plan_parts(x.shape[0], x.shape[1], 1, local, block_m).items()
+    }
+    known = local if mapped is None else mapped.numel()
+    plan = planner(parts, local, known, block_m, mapped=mapped is not None, in_places=in_places, pdl=False)
+    plan(x, ids, mapped)
+    return plan.plan, plan.shifted
 
 
 def check(plan: RoutePlan, rows: list[int], block_m: int) -> None:

@@ -186,7 +186,9 @@ def test_an_expert_past_two_gigabytes_of_weights_is_found(way: Way, device: torc
     expected = by_formula(one, batch)
     order: Order = "checkpoint" if way == "reference" else "kernel"
     if order == "kernel":  # else a copy in that order would be made, of all
-        one = replace(one, w13=to_kernel_order(one.w13), w2=to_kernel_order(one.w2))
+        w13, w13_scale = to_kernel_order(one.w13, one.w13_scale)
+        w2, w2_scale = to_kernel_order(one.w2, one.w2_scale)
+        one = replace(one, w13=w13, w13_scale=w13_scale, w2=w2, w2_scale=w2_scale)
     stack = {
         name: torch.empty(last + 1, *t.shape[1:], dtype=t.dtype, device=device)
         for name, t in vars(one).items()

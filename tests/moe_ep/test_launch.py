@@ -1,29 +1,117 @@
-"""Block sizes for every problem."""
+"""Launch configurations for every problem: tables by arch and regime, made to fit, and the fallback."""
+
+from pathlib import Path
 
 import pytest
 
-from moe_ep.kernels.launch import TABLES, Target, choose
+from moe_ep import tables
+from moe_ep.kernels.launch import FALLBACK, Gemm, LaunchConfig, Regime, Table, choose, fit, tile
+from moe_ep.tables import TableError
 
-TARGETS: list[Target] = ["cuda", "hip"]
+SHIPPED = sorted(path.stem for path in Path(tables.__file__).parent.glob("*.yaml"))
+FLASH, PRO = (256, 4096, 2048), (384, 7168, 3072)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("warp_size", [32, 64])
+@pytest.mark.parametrize(("rows", "block_m"), [(0.001, 16), (12, 16), (20, 32), (48, 64)])
+def test_a_fallback_tile_holds_the_routes_that_most_experts_have(rows: float, block_m: int, warp_size: int) -> None:
+    config = tile(rows, warp_size)
+    assert (config.kernel, config.block_m) == ("tile", block_m)
+
+
+@pytest.mark.parametrize("arch", SHIPPED)
+@pytest.mark.parametrize(("experts", "hidden", "inner"), [FLASH, PRO, (256, 4096, 512), (8, 160, 96), (7, 32, 32)])
+@pytest.mark.parametrize("routes", [1, 6, 1000, 49152, 10**7])
+def test_what_is_chosen_divides_the_problem_or_takes_any(
+    arch: str, experts: int, hidden: int, inner: int, routes: int
+) -> None:
+    config = choose(tables.find(arch), routes, experts, hidden, inner)
+    for gemm, k, n in ((config.gate_up, hidden, inner), (config.down, inner, hidden // 2)):
+        if config.kernel == "stream":
+            assert n % gemm.block_n == 0
+            assert k % (128 * gemm.slices * gemm.stages) == 0
+            assert gemm.block_n % (16 * (gemm.warps // gemm.slices)) == 0
+        elif config.kernel == "warpgroup":
+            assert n % gemm.block_n == 0
+            assert k % 128 == 0
+            assert gemm.block_n == 16 * gemm.warps
+
+
+@pytest.mark.parametrize("arch", SHIPPED)
+@pytest.mark.parametrize(("experts", "hidden", "inner"), [FLASH, PRO, (256, 4096, 512)])
+def test_the_kernels_of_a_table_take_v4_at_every_size(arch: str, experts: int, hidden: int, inner: int) -> None:
+    table = tables.find(arch)
+    assert table is not None
+    for regime in table.regimes:
+        assert fit(regime.config, hidden, inner) is not None
+
+
+def test_slices_and_stages_shrink_until_they_divide_k() -> None:
+    wide = Gemm(block_n=64, warps=16, stages=4, slices=4)
+    fitted = fit(LaunchConfig("stream", 8, wide, wide), hidden=128 * 6, inner=128 * 5)
+    assert fitted is not None
+    assert fitted.gate_up == Gemm(block_n=64, warps=8, stages=3, slices=2)  # 6 groups: 2 slices of 3 steps
+    assert fitted.down == Gemm(block_n=64, warps=4, stages=1, slices=1)  # 5 groups are divided by nothing
+
+
+@pytest.mark.parametrize("kernel", ["stream", "warpgroup"])
+def test_a_k_of_broken_groups_falls_back(kernel: str) -> None:
+    gemm = Gemm(block_n=64, warps=4, stages=3)
+    config = LaunchConfig(kernel, 32, gemm, gemm)  # type: ignore[arg-type]
+    assert fit(config, 160, 128) is None
+    assert choose(Table("x", "", (Regime(1e9, config),)), 1, 1, 160, 128).kernel == "tile"
+
+
+def test_an_arch_without_a_table_has_the_fallback() -> None:
+    assert tables.find("sm75") is None
+    assert choose(None, 6, 256, 4096, 2048).kernel == "tile"
+    assert "any device" in FALLBACK
+
+
+@pytest.mark.parametrize("arch", SHIPPED)
+def test_a_table_comes_back_as_it_was_written(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tables.find(arch)
+    assert table is not None
+    (tmp_path / f"{arch}.yaml").write_text(tables.text(table))
+    monkeypatch.setenv(tables.DIRECTORY_VARIABLE, str(tmp_path))
+    again = tables.find(arch)
+    assert again is not None
+    assert again.regimes == table.regimes
+    assert str(tmp_path) in again.source, "a user's table goes before the package's, and the source says so"
+
+
+GOOD = """
+arch: sm90
+source: a test
+regimes:
+- rows: 4
+  kernel: stream
+  block_m: 8
+  gate_up: {block_n: 16, warps: 2, stages: 2, slices: 2}
+  down: {block_n: 16, warps: 1, stages: 2}
+- {rows: 9, kernel: warpgroup, block_m: 64, gate_up: &w {block_n: 64, warps: 4, stages: 4}, down: *w}
+"""
+
+
 @pytest.mark.parametrize(
-    ("routes", "experts", "rows"), [(1, 256, 16), (3072, 256, 16), (5120, 256, 32), (12288, 256, 64)]
+    ("change", "said"),
+    [
+        (("rows: 9", "rows: 3"), "must rise"),
+        (("block_m: 8", "block_m: 9"), "regimes.0.block_m"),
+        (("kernel: stream", "kernel: steam"), "regimes.0.kernel"),
+        (("slices: 2", "slices: 4"), "multiple of slices"),
+        (("block_n: 64", "block_n: 128"), "block_n = 16 · warps"),
+        (("stages: 4", "stages: 2"), "stages >= 3"),
+        (("arch: sm90", "arch: sm80"), "named for 'sm90'"),
+        (("source: a test", "sauce: a test"), "source"),
+        (("regimes:", "regimes: ["), "not YAML"),
+    ],
 )
-def test_a_tile_holds_the_routes_that_most_experts_have(routes: int, experts: int, rows: int, target: Target) -> None:
-    assert choose(routes, experts, target).block_m == rows
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("experts", [1, 7, 228, 384])
-@pytest.mark.parametrize("routes", [1, 6, 1000, 10**6])
-def test_there_is_a_tile_for_any_number_of_routes_and_experts(routes: int, experts: int, target: Target) -> None:
-    assert choose(routes, experts, target) in TABLES[target]
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_tables_rise_so_that_the_first_that_fits_is_the_smallest(target: Target) -> None:
-    rows = [tile.block_m for tile in TABLES[target]]
-    assert rows == sorted(set(rows))
-    assert rows[0] == 16
+def test_a_bad_table_is_refused_by_file_and_key(tmp_path: Path, change: tuple[str, str], said: str) -> None:
+    path = tmp_path / "sm90.yaml"
+    path.write_text(GOOD)
+    assert len(tables.read(path).regimes) == 2
+    path.write_text(GOOD.replace(*change))
+    with pytest.raises(TableError, match=said) as error:
+        tables.read(path)
+    assert str(path) in str(error.value)

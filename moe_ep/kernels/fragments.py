@@ -1,0 +1,130 @@
+"""Device functions of the Gluon kernels: weights in kernel order to matrix operands in registers, SwiGLU, PDL.
+
+The layout that they all build on: a lane loads 16 bytes of a row of weights, eight words of 16 bits, which are four
+blocks' codes of the same eight k. That is a lane's part of a matrix operand for each of the four blocks, whatever k it
+stands for, as long as the lane that holds the activations has the same. So nothing moves between lanes.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+_WORDS_PTX = gl.constexpr("""
+{
+.reg .b32 w, a, b;
+mov.b32 w, $4;
+and.b32 $0, w, 0x81C081C0;
+shl.b32 a, w, 3;
+and.b32 $1, a, 0x81C081C0;
+shl.b32 a, w, 6;
+and.b32 $2, a, 0x81C081C0;
+shl.b32 a, w, 1;
+and.b32 a, a, 0x80008000;
+shr.b32 b, w, 5;
+lop3.b32 a, b, 0x01000100, a, 0xEA;
+shr.b32 b, w, 4;
+lop3.b32 $3, b, 0x00C000C0, a, 0xEA;
+}
+""")
+
+_WORDS_GCN = gl.constexpr("""
+v_lshlrev_b32 $3, 1, $4
+v_and_b32 $3, 0x80008000, $3
+v_lshrrev_b32 $2, 5, $4
+v_and_b32 $2, 0x01000100, $2
+v_lshrrev_b32 $1, 4, $4
+v_and_b32 $1, 0x00C000C0, $1
+v_or3_b32 $3, $3, $2, $1
+v_lshlrev_b32 $2, 6, $4
+v_and_b32 $2, 0x81C081C0, $2
+v_lshlrev_b32 $1, 3, $4
+v_and_b32 $1, 0x81C081C0, $1
+v_and_b32 $0, 0x81C081C0, $4
+""")
+
+_SCALED_PTX = gl.constexpr("""
+{
+.reg .b32 w, a, b;
+mov.b32 w, $4;
+and.b32 a, w, 0x81C081C0;
+mul.rn.bf16x2 $0, a, $5;
+shl.b32 a, w, 3;
+and.b32 a, a, 0x81C081C0;
+mul.rn.bf16x2 $1, a, $6;
+shl.b32 a, w, 6;
+and.b32 a, a, 0x81C081C0;
+mul.rn.bf16x2 $2, a, $7;
+shl.b32 a, w, 1;
+and.b32 a, a, 0x80008000;
+shr.b32 b, w, 5;
+lop3.b32 a, b, 0x01000100, a, 0xEA;
+shr.b32 b, w, 4;
+lop3.b32 a, b, 0x00C000C0, a, 0xEA;
+mul.rn.bf16x2 $3, a, $8;
+}
+""")
+
+
+@gluon.jit
+def decode(words, CDNA: gl.constexpr):
+    """uint16 words → the four blocks bf16 of the same shape: value · 2^-126."""
+    return gl.inline_asm_elementwise(
+        _WORDS_GCN if CDNA else _WORDS_PTX,
+        "=&v,=&v,=&v,=&v,v" if CDNA else "=r,=r,=r,=r,r",
+        [words],
+        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def scale_f32(fields, BLOCK: gl.constexpr):
+    """uint32, a group's four exponent fields → f32 2^(field−127) of block BLOCK: 0 for 0, infinity for 255."""
+    bits = fields >> 1 if BLOCK == 3 else fields << (23 - 8 * BLOCK)
+    return (bits & 0x7F800000).to(gl.uint32).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def scale_bf16(fields, BLOCK: gl.constexpr):
+    """The same as bf16."""
+    bits = fields << 7 if BLOCK == 0 else fields >> (8 * BLOCK - 7)
+    return (bits & 0x7F80).to(gl.uint16).to(gl.bfloat16, bitcast=True)
+
+
+@gluon.jit
+def _spread(fields, words, BLOCK: gl.constexpr):
+    scales, _ = gl.broadcast(scale_bf16(fields, BLOCK)[:, None, None], words)
+    return scales
+
+
+@gluon.jit
+def decode_scaled(words, fields):
+    """uint16 words [N, 4, 8] and fields uint32 [N] → the four blocks bf16 [N, 4, 8] times their scales · 2^-126."""
+    return gl.inline_asm_elementwise(
+        _SCALED_PTX,
+        "=r,=r,=r,=r,r,r,r,r,r",
+        [
+            words,
+            _spread(fields, words, 0),
+            _spread(fields, words, 1),
+            _spread(fields, words, 2),
+            _spread(fields, words, 3),
+        ],
+        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def swiglu(gate, up, limit, HAS_LIMIT: gl.constexpr):
+    """silu(min(gate, limit)) · clamp(up, ±limit) in f32 → bf16, times 2^64."""
+    if HAS_LIMIT:
+        # V4's clamp is asymmetric, and a NaN must stay one.
+        gate = gl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = gl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = gl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+    h = gate / (1.0 + gl.exp(-gate)) * up
+    # Rounded to bf16 first, as the engines do; the shift after it is exact.
+    return (h.to(gl.bfloat16).to(gl.float32) * 18446744073709551616.0).to(gl.bfloat16)

@@ -1,0 +1,126 @@
+"""Tables of launch configurations, a YAML file for each arch: those here, and others that a user has measured."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moe_ep.kernels.launch import Gemm, LaunchConfig, Regime, Table
+
+DIRECTORY_VARIABLE = "MOE_EP_TABLES"
+"""A directory whose `<arch>.yaml` are taken before those of the package."""
+
+
+class TableError(ValueError):
+    """A table that cannot be read; the message names the file, the key, and what would be right."""
+
+
+class _Gemm(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    block_n: Literal[16, 32, 64, 128, 256]
+    warps: Literal[1, 2, 4, 8, 16]
+    stages: int = Field(ge=1, le=8)
+    slices: Literal[1, 2, 4, 8] = 1
+
+    @model_validator(mode="after")
+    def _slices_are_warps(self) -> "_Gemm":
+        if self.warps % self.slices:
+            raise ValueError(f"warps={self.warps} must be a multiple of slices={self.slices}: each warp has one slice")
+        return self
+
+    def value(self) -> Gemm:
+        return Gemm(**self.model_dump())
+
+
+class _Regime(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    rows: float = Field(gt=0)
+    kernel: Literal["stream", "warpgroup", "tile"]
+    block_m: Literal[8, 16, 32, 64, 128]
+    gate_up: _Gemm
+    down: _Gemm
+
+    @model_validator(mode="after")
+    def _a_kernel_takes_its_tile(self) -> "_Regime":
+        for name, gemm in (("gate_up", self.gate_up), ("down", self.down)):
+            if self.kernel != "stream" and gemm.slices != 1:
+                raise ValueError(f"{name}: slices={gemm.slices}, but only the stream kernel slices K")
+            if self.kernel == "stream" and gemm.block_n % (16 * (gemm.warps // gemm.slices)):
+                raise ValueError(f"{name}: block_n={gemm.block_n} must be a multiple of 16 for each warp of a slice")
+            if self.kernel == "warpgroup" and (gemm.block_n != 16 * gemm.warps or gemm.stages < 3 or gemm.warps < 4):
+                raise ValueError(f"{name}: a warpgroup kernel has 4 or 8 warps, block_n = 16 · warps and stages >= 3")
+        if self.kernel == "tile" and self.block_m < 16:
+            raise ValueError(f"block_m={self.block_m}: the tile kernel takes 16 and more")
+        return self
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    arch: str
+    source: str
+    regimes: list[_Regime] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _rows_rise(self) -> "_Table":
+        rows = [regime.rows for regime in self.regimes]
+        if rows != sorted(set(rows)):
+            raise ValueError(f"the regimes' rows are {rows}; they must rise")
+        return self
+
+
+def read(path: Path) -> Table:
+    """The table in a file.
+
+    Raises
+    ------
+    TableError
+        If it is no table, or one for another arch than its name says.
+    """
+    try:
+        table = _Table.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise TableError(f"{path}: not YAML: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "the table"
+        raise TableError(f"{path}: {key}: {first['msg']}") from None
+    if table.arch != path.stem:
+        raise TableError(f"{path}: arch is {table.arch!r}, but the file is named for {path.stem!r}")
+    regimes = tuple(
+        Regime(r.rows, LaunchConfig(r.kernel, r.block_m, r.gate_up.value(), r.down.value())) for r in table.regimes
+    )
+    return Table(table.arch, f"{path}: {table.source}", regimes)
+
+
+def text(table: Table) -> str:
+    """The table as a file has it."""
+    regimes = []
+    for regime in table.regimes:
+        config = regime.config
+        gemms = {name: dict(vars(gemm)) for name, gemm in (("gate_up", config.gate_up), ("down", config.down))}
+        regimes.append({"rows": regime.rows, "kernel": config.kernel, "block_m": config.block_m, **gemms})
+    document = {"arch": table.arch, "source": table.source, "regimes": regimes}
+    return yaml.safe_dump(document, sort_keys=False, width=120, default_flow_style=None)
+
+
+def find(arch: str) -> Table | None:
+    """The table of an arch ("sm90", "gfx942"): the user's, or the package's, or None."""
+    return _find(arch, directory())
+
+
+def directory() -> str | None:
+    """The user's directory of tables."""
+    return os.environ.get(DIRECTORY_VARIABLE)
+
+
+@cache
+def _find(arch: str, own: str | None) -> Table | None:
+    places = [Path(own)] if own else []
+    for place in (*places, Path(__file__).parent):
+        path = place / f"{arch}.yaml"
+        if path.is_file():
+            return read(path)
+    return None
