@@ -10,8 +10,11 @@ from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.plan import count_kernel, place_kernel
 
 _SHIFT_BLOCK = 4096  # elements of x a program
-_MOST_ROUTES = 2048  # routes a program looks at in a step
-_ALONE_ROUTES = 1024  # up to these, counting them in every program is faster than one launch more
+_TILE = 256  # the most routes a program places
+_PAIRS = 16384  # the most pairs of a route and an expert that a program compares at once
+_WRITTEN = 64  # blocks a program
+_ALONE_TILES = 2  # up to these, counting them in every program is faster than one launch more
+_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,10 @@ class RoutePlan:
 
 @dataclass(frozen=True)
 class Planner:
-    """The launches that plan an op's routes, for one shape of it."""
+    """The launches that plan an op's routes, for one shape of it; `shifted` is None where x is taken as it is."""
 
     plan: RoutePlan
-    shifted: Tensor
+    shifted: Tensor | None
     counts: Tensor
     count: BoundLaunch | None
     place: BoundLaunch
@@ -47,57 +50,65 @@ class Planner:
     def __call__(self, x: Tensor, topk_ids: Tensor, expert_map: Tensor | None) -> None:
         """Write the plan of int [M, k] expert ids, and x times 2^64 (`kernels.decode` says why)."""
         mapped = topk_ids if expert_map is None else expert_map
-        routes, elements, plan = topk_ids.numel(), x.numel(), self.plan
+        shifted, elements = (x, 0) if self.shifted is None else (self.shifted, x.numel())
+        routes, plan = topk_ids.numel(), self.plan
         if self.count is not None:
-            self.count(topk_ids, mapped, self.counts, x, self.shifted, routes, self.known, elements)
+            self.count(topk_ids, mapped, self.counts, x, shifted, routes, self.known, elements)
         self.place(
             *(topk_ids, mapped, self.counts, plan.route, plan.block_expert, plan.block_start, plan.block_end),
-            *(x, self.shifted, routes, self.known, plan.blocks, elements),
+            *(x, shifted, routes, self.known, plan.blocks, elements),
         )
 
 
 def plan_parts(
-    tokens: int, hidden: int, top_k: int, local_experts: int, block_m: int
+    tokens: int, hidden: int, top_k: int, local_experts: int, block_m: int, *, shifts: bool
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """What a plan is written to."""
+    """What a plan is written to, for `planner`."""
     blocks = block_bound(tokens * top_k, local_experts, block_m)
-    return {
-        "counts": ((local_experts,), torch.int32),
+    width = triton.next_power_of_2(local_experts)
+    parts = {
+        "counts": ((triton.cdiv(tokens * top_k, _tile(tokens * top_k, width)), width), torch.int32),
         "route": ((tokens * top_k,), torch.int32),
         "block_expert": ((blocks,), torch.int32),
         "block_start": ((blocks,), torch.int32),
         "block_end": ((blocks,), torch.int32),
-        "shifted": ((tokens, hidden), torch.bfloat16),
     }
+    return {**parts, "shifted": ((tokens, hidden), torch.bfloat16)} if shifts else parts
 
 
 def planner(
-    parts: dict[str, Tensor], local_experts: int, known: int, block_m: int, *, mapped: bool, in_places: bool, pdl: bool
+    parts: dict[str, Tensor], local_experts: int, known: int, block_m: int, *, mapped: bool, pdl: bool
 ) -> Planner:
     """The launches that write `parts`, those of `plan_parts`, for expert ids below `known`.
 
     The number of blocks is a bound that depends on shapes only, so the launches need no number from the device and
-    can be captured in a graph. `in_places` says where activations go (`kernels.warpgroup`).
+    can be captured in a graph.
     """
-    routes, shifts = parts["route"].numel(), triton.cdiv(parts["shifted"].numel(), _SHIFT_BLOCK)
-    alone = routes <= _ALONE_ROUTES
+    plan = RoutePlan(*(parts[name] for name in ("route", "block_expert", "block_start", "block_end")))
+    shifted = parts.get("shifted")
+    shifts = 0 if shifted is None else triton.cdiv(shifted.numel(), _SHIFT_BLOCK)
+    tiles, width = parts["counts"].shape
+    alone = tiles <= _ALONE_TILES
     options = {
         "LOCAL": local_experts,
         "HAS_MAP": mapped,
-        "IN_PLACES": in_places,
         "PDL": pdl,
-        "BLOCK_R": min(_MOST_ROUTES, max(64, triton.next_power_of_2(routes))),
+        "BLOCK_L": width,
+        "BLOCK_R": _tile(plan.route.numel(), width),
         "BLOCK_X": _SHIFT_BLOCK,
     }
-    place = {"ALONE": alone, "BLOCK_L": triton.next_power_of_2(local_experts), "BLOCK_M": block_m, **options}
+    count = None if alone else BoundLaunch(count_kernel, tiles + shifts, options, warps=_WARPS, pdl=pdl)
+    programs = tiles + triton.cdiv(plan.blocks, _WRITTEN) + (shifts if alone else 0)
+    place = {**options, "ALONE": alone, "BLOCK_M": block_m, "BLOCK_B": _WRITTEN}
     return Planner(
-        RoutePlan(*(parts[name] for name in ("route", "block_expert", "block_start", "block_end"))),
-        parts["shifted"],
-        parts["counts"],
-        None if alone else BoundLaunch(count_kernel, local_experts + shifts, options, pdl=pdl),
-        BoundLaunch(place_kernel, local_experts + 1 + (shifts if alone else 0), place, pdl=pdl),
-        known,
+        plan, shifted, parts["counts"], count, BoundLaunch(place_kernel, programs, place, warps=_WARPS, pdl=pdl), known
     )
+
+
+def _tile(routes: int, width: int) -> int:
+    """Routes that a program counts or places at once, beside `width` experts."""
+    rounded: int = triton.next_power_of_2(routes)
+    return max(16, min(rounded, _TILE, _PAIRS // width))
 
 
 def block_bound(routes: int, local_experts: int, block_m: int) -> int:

@@ -11,6 +11,9 @@ the lowest two exponent bits, the mantissa in the highest mantissa bit, which is
 left by 3 and by 6 it is that of the second and third; only the fourth takes more. Masks and shifts hold for two words
 in 32 bits at once.
 
+Rows are in tiles of 16: of a tile come the first groups of all its rows, then the second groups, so that what is read
+together is a kilobyte in one piece. Their scales lie in the same order.
+
 A scale is a byte here too, but of the exponent field of 2^(code − 65) in f32 and bf16, so that a shift makes a float of
 it: code + 62, and 255, infinity, from code 193 on. The codes of a block whose scale is NaN (255) are 0: zero times
 infinity is NaN again, whatever the activations. A group's scales are four bytes, in the order of the codes.
@@ -25,6 +28,7 @@ from moe_ep.shape import KERNEL_GROUP, MXFP4_BLOCK
 NAN_SCALE = 255
 """e8m0's NaN; in kernel order infinity, over codes that are 0."""
 FIELD_OF_CODE_0 = 62
+TILE_ROWS = 16
 _BLOCKS = KERNEL_GROUP // MXFP4_BLOCK
 
 
@@ -36,12 +40,24 @@ def padded(width: int) -> int:
 def to_kernel_order(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales as checkpoints have them → as the kernels read them.
 
-    Packed uint8 [..., K/2] and scales uint8 [..., K/32] → uint8 [..., padded(K)/2] and [..., padded(K)/32], padded
-    with 0.
+    Packed uint8 [..., N, K/2] and scales uint8 [..., N, K/32] → uint8 [..., N, padded(K)/2] and
+    [..., N, padded(K)/32], padded with 0; N is a multiple of 16.
     """
     codes = unpack(packed).unflatten(-1, (-1, MXFP4_BLOCK)).masked_fill((scale == NAN_SCALE)[..., None], 0).flatten(-2)
     fields = scale.int().add_(FIELD_OF_CODE_0).clamp_(max=NAN_SCALE).to(torch.uint8)
-    return _words(_pad(codes, KERNEL_GROUP)), _pad(fields, _BLOCKS).contiguous()
+    return _tiled(_words(_pad(codes, KERNEL_GROUP)), KERNEL_GROUP // 2), _tiled(_pad(fields, _BLOCKS), _BLOCKS)
+
+
+def _tiled(rows: Tensor, group: int) -> Tensor:
+    """[..., N, G · group] in rows → in tiles of 16 rows."""
+    tiles = rows.unflatten(-1, (-1, group)).unflatten(-3, (-1, TILE_ROWS))
+    tiled: Tensor = tiles.transpose(-3, -2).reshape(rows.shape)
+    return tiled
+
+
+def _untiled(tiles: Tensor, group: int) -> Tensor:
+    shape = (*tiles.shape[:-2], tiles.shape[-2] // TILE_ROWS, tiles.shape[-1] // group, TILE_ROWS, group)
+    return tiles.reshape(shape).transpose(-3, -2).reshape(tiles.shape)
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -56,11 +72,11 @@ def _words(codes: Tensor) -> Tensor:
 
 
 def from_kernel_order(ordered: Tensor, fields: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The inverse, with K = `width`: packed uint8 [..., K/2] and scales uint8 [..., K/32].
+    """The inverse, with K = `width`: packed uint8 [..., N, K/2] and scales uint8 [..., N, K/32].
 
     What is not told apart in kernel order comes back as NaN: scales from 193 on.
     """
-    word = ordered.view(torch.uint16).int().unflatten(-1, (-1, MXFP4_BLOCK))
+    word = _untiled(ordered, KERNEL_GROUP // 2).view(torch.uint16).int().unflatten(-1, (-1, MXFP4_BLOCK))
 
     def take(sign: int, rest: int) -> Tensor:
         code: Tensor = (word >> sign & 1) << 3 | word >> rest & 7
@@ -68,7 +84,7 @@ def from_kernel_order(ordered: Tensor, fields: Tensor, width: int) -> tuple[Tens
 
     fourth = (word >> 14 & 1) << 3 | (word >> 13 & 1) << 2 | word >> 10 & 3
     codes = torch.stack((take(15, 6), take(12, 3), take(9, 0), fourth), dim=-2)
-    taken = fields[..., : width // MXFP4_BLOCK]
+    taken = _untiled(fields, _BLOCKS)[..., : width // MXFP4_BLOCK]
     scale = torch.where(taken == NAN_SCALE, taken, taken - FIELD_OF_CODE_0)
     return pack(codes.flatten(-3)[..., :width].to(torch.uint8)), scale
 

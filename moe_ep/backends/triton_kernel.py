@@ -103,20 +103,20 @@ class _Op:
 def _op(shape: _Shape) -> _Op:
     routes = shape.tokens * shape.top_k
     config = launch_config(routes, shape.known, shape.hidden, shape.inner, shape.target)
+    raw = config.kernel == "warpgroup"
     parts = workspace.carve(
         shape.device,
         shape.stream,
         {
-            **plan_parts(shape.tokens, shape.hidden, shape.top_k, shape.local, config.block_m),
+            **plan_parts(shape.tokens, shape.hidden, shape.top_k, shape.local, config.block_m, shifts=not raw),
             "h": ((routes, shape.inner), torch.bfloat16),
-            "y": ((routes, shape.hidden), torch.float32),
+            "y": ((routes, shape.hidden), torch.bfloat16 if raw else torch.float32),
         },
     )
     pdl = shape.target.pdl
     plan = planner(
         *(parts, shape.local, shape.known, config.block_m),
         mapped=shape.mapped,
-        in_places=config.kernel == "warpgroup",
         pdl=pdl,
     )
     gate_up, down = _gemms(shape, config, plan.plan.blocks)
@@ -199,7 +199,15 @@ def experts(
     w13, w2 = weights.w13.view(torch.uint16), weights.w2.view(torch.uint16)
     s13, s2 = weights.w13_scale.view(torch.uint32), weights.w2_scale.view(torch.uint32)
     limit = 0.0 if swiglu_limit is None else float(swiglu_limit)
-    op.gate_up(op.plan.shifted, w13, s13, x if weights.b13 is None else weights.b13, op.h, *blocks, limit)
+    op.gate_up(
+        x if op.plan.shifted is None else op.plan.shifted,
+        w13,
+        s13,
+        x if weights.b13 is None else weights.b13,
+        op.h,
+        *blocks,
+        limit,
+    )
     op.down(op.h, w2, s2, x if weights.b2 is None else weights.b2, topk_weights, op.y, *blocks)
     op.combine(op.y, topk_ids, topk_ids if expert_map is None else expert_map, out, op.plan.known)
 

@@ -38,6 +38,12 @@ mul.rn.bf16x2 $3, a, $8;
 
 
 @triton.jit
+def in_tiles(row, groups):
+    """Where a row's first group lies, in groups: rows are in tiles of 16, a tile's rows side by side for each group."""
+    return row // 16 * (groups * 16) + row % 16
+
+
+@triton.jit
 def scale_f32(fields, BLOCK: tl.constexpr):
     """2^(code−65) of block BLOCK (0…3) of a group's exponent fields uint32: infinity where the field is 255."""
     return (((fields >> (8 * BLOCK)) & 0xFF) << 23).to(tl.uint32).to(tl.float32, bitcast=True)

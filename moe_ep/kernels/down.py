@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_ep.kernels.decode import load_group, multiply_group
+from moe_ep.kernels.decode import in_tiles, load_group, multiply_group
 from moe_ep.kernels.plan import local_row
 
 
@@ -44,14 +44,15 @@ def down_kernel(
     row = expert.to(tl.int64) * HIDDEN + tl.minimum(n, HIDDEN - 1)  # rows past the last read the last
 
     k = tl.arange(0, 32)
-    w2_rows = w2_ptr + row[:, None] * (groups * 32) + k[None, :]
-    scale_rows = scale_ptr + row * groups
+    first = in_tiles(row, groups)
+    w2_rows = w2_ptr + first[:, None] * 32 + k[None, :]
+    scale_rows = scale_ptr + first
     h_rows = h_ptr + position.to(tl.int64)[:, None] * INTER + k[None, :]
     h_mask = row_mask[:, None] & (k < 32)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for group in range(groups):
-        w2 = tl.load(w2_rows + group * 32)
-        s2 = tl.load(scale_rows + group)
+        w2 = tl.load(w2_rows + group * 512)
+        s2 = tl.load(scale_rows + group * 16)
         h0 = load_group(h_rows, k, group * 128, h_mask, INTER, 0)
         h1 = load_group(h_rows, k, group * 128, h_mask, INTER, 1)
         h2 = load_group(h_rows, k, group * 128, h_mask, INTER, 2)
@@ -67,7 +68,7 @@ def down_kernel(
 
 @triton.jit(do_not_specialize=["known"])
 def combine_kernel(
-    y_ptr,  # f32 [M·TOP_K, HIDDEN]
+    y_ptr,  # f32, or bf16 for many routes, [M·TOP_K, HIDDEN]
     ids_ptr,  # int [M·TOP_K]
     map_ptr,  # int [known], read if HAS_MAP
     out_ptr,  # out: [M, HIDDEN]
@@ -92,5 +93,5 @@ def combine_kernel(
     for slot in tl.static_range(TOP_K):
         route = token * TOP_K + slot
         row = local_row(ids_ptr, map_ptr, route + tl.zeros_like(n), n_mask, known, LOCAL, HAS_MAP)
-        acc += tl.load(y_ptr + route * HIDDEN + n, mask=row >= 0, other=0.0)
+        acc += tl.load(y_ptr + route * HIDDEN + n, mask=row >= 0, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * HIDDEN + n, acc.to(out_ptr.dtype.element_ty), mask=n_mask)

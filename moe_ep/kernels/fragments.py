@@ -42,27 +42,24 @@ v_and_b32 $1, 0x81C081C0, $1
 v_and_b32 $0, 0x81C081C0, $4
 """)
 
-_SCALED_PTX = gl.constexpr("""
-{
-.reg .b32 w, a, b;
-mov.b32 w, $4;
-and.b32 a, w, 0x81C081C0;
-mul.rn.bf16x2 $0, a, $5;
-shl.b32 a, w, 3;
-and.b32 a, a, 0x81C081C0;
-mul.rn.bf16x2 $1, a, $6;
-shl.b32 a, w, 6;
-and.b32 a, a, 0x81C081C0;
-mul.rn.bf16x2 $2, a, $7;
-shl.b32 a, w, 1;
-and.b32 a, a, 0x80008000;
-shr.b32 b, w, 5;
-lop3.b32 a, b, 0x01000100, a, 0xEA;
-shr.b32 b, w, 4;
-lop3.b32 a, b, 0x00C000C0, a, 0xEA;
-mul.rn.bf16x2 $3, a, $8;
-}
-""")
+# One block of the four, times its scale.
+_SCALED_PTX = gl.constexpr(
+    (
+        "{ .reg .b32 a; and.b32 a, $1, 0x81C081C0; mul.rn.bf16x2 $0, a, $2; }",
+        "{ .reg .b32 a; shl.b32 a, $1, 3; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $0, a, $2; }",
+        "{ .reg .b32 a; shl.b32 a, $1, 6; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $0, a, $2; }",
+        """{
+        .reg .b32 a, b;
+        shl.b32 a, $1, 1;
+        and.b32 a, a, 0x80008000;
+        shr.b32 b, $1, 5;
+        lop3.b32 a, b, 0x01000100, a, 0xEA;
+        shr.b32 b, $1, 4;
+        lop3.b32 a, b, 0x00C000C0, a, 0xEA;
+        mul.rn.bf16x2 $0, a, $2;
+        }""",
+    )
+)
 
 
 @gluon.jit
@@ -93,38 +90,26 @@ def scale_bf16(fields, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def _spread(fields, words, BLOCK: gl.constexpr):
-    scales, _ = gl.broadcast(scale_bf16(fields, BLOCK)[:, None, None], words)
-    return scales
-
-
-@gluon.jit
-def decode_scaled(words, fields):
-    """uint16 words [N, 4, 8] and fields uint32 [N] → the four blocks bf16 [N, 4, 8] times their scales · 2^-126."""
+def decode_scaled(words, fields, BLOCK: gl.constexpr):
+    """uint16 words [..., 32], fields uint32 [..., 1] → block BLOCK bf16 [..., 32] times its scale · 2^-126."""
+    scales, _ = gl.broadcast(scale_bf16(fields, BLOCK), words)
     return gl.inline_asm_elementwise(
-        _SCALED_PTX,
-        "=r,=r,=r,=r,r,r,r,r,r",
-        [
-            words,
-            _spread(fields, words, 0),
-            _spread(fields, words, 1),
-            _spread(fields, words, 2),
-            _spread(fields, words, 3),
-        ],
-        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=2,
+        _SCALED_PTX[BLOCK], "=r,r,r", [words, scales], dtype=gl.bfloat16, is_pure=True, pack=2
     )
 
 
 @gluon.jit
 def swiglu(gate, up, limit, HAS_LIMIT: gl.constexpr):
-    """silu(min(gate, limit)) · clamp(up, ±limit) in f32 → bf16, times 2^64."""
+    """silu(min(gate, limit)) · clamp(up, ±limit) in f32 → bf16."""
     if HAS_LIMIT:
         # V4's clamp is asymmetric, and a NaN must stay one.
         gate = gl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
         up = gl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
         up = gl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
-    h = gate / (1.0 + gl.exp(-gate)) * up
-    # Rounded to bf16 first, as the engines do; the shift after it is exact.
-    return (h.to(gl.bfloat16).to(gl.float32) * 18446744073709551616.0).to(gl.bfloat16)
+    return (gate / (1.0 + gl.exp(-gate)) * up).to(gl.bfloat16)
+
+
+@gluon.jit
+def shifted(h):
+    """bf16 times 2^64, exactly."""
+    return (h.to(gl.float32) * 18446744073709551616.0).to(gl.bfloat16)

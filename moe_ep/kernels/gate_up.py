@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from moe_ep.kernels.decode import load_group, multiply_group
+from moe_ep.kernels.decode import in_tiles, load_group, multiply_group
 
 
 @triton.jit
@@ -45,17 +45,18 @@ def gate_up_kernel(
     gate_row = expert.to(tl.int64) * (2 * INTER) + tl.minimum(n, INTER - 1)
 
     k = tl.arange(0, 32)
-    gate_ptr = w13_ptr + gate_row[:, None] * (groups * 32) + k[None, :]
-    gate_scale_ptr = scale_ptr + gate_row * groups
+    first = in_tiles(gate_row, groups)
+    gate_ptr = w13_ptr + first[:, None] * 32 + k[None, :]
+    gate_scale_ptr = scale_ptr + first
     x_rows = x_ptr + token.to(tl.int64)[:, None] * HIDDEN + k[None, :]
     x_mask = row_mask[:, None] & (k < 32)[None, :]
     gate = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for group in range(groups):
-        w1 = tl.load(gate_ptr + group * 32)
-        w3 = tl.load(gate_ptr + (INTER * groups + group) * 32)
-        s1 = tl.load(gate_scale_ptr + group)
-        s3 = tl.load(gate_scale_ptr + INTER * groups + group)
+        w1 = tl.load(gate_ptr + group * 512)
+        w3 = tl.load(gate_ptr + (INTER * groups * 32 + group * 512))
+        s1 = tl.load(gate_scale_ptr + group * 16)
+        s3 = tl.load(gate_scale_ptr + (INTER * groups + group * 16))
         x0 = load_group(x_rows, k, group * 128, x_mask, HIDDEN, 0)
         x1 = load_group(x_rows, k, group * 128, x_mask, HIDDEN, 1)
         x2 = load_group(x_rows, k, group * 128, x_mask, HIDDEN, 2)

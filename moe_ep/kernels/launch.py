@@ -98,9 +98,10 @@ def _fit_stream(gemm: Gemm, k: int, n: int) -> Gemm | None:
 
 def _fit_warpgroup(gemm: Gemm, k: int, n: int) -> Gemm | None:
     block_n = _halved(gemm.block_n, n)
-    if k % 128 or block_n < 64:  # a warpgroup is four warps of 16 rows
+    stages = next((s for s in range(gemm.stages, 2, -1) if k % (128 * s) == 0), 0)
+    if not stages or block_n < 64:  # a warpgroup is four warps of 16 rows
         return None
-    return replace(gemm, block_n=block_n, warps=min(gemm.warps, block_n // 16))
+    return replace(gemm, block_n=block_n, warps=min(gemm.warps, block_n // 16), stages=stages)
 
 
 def _halved(size: int, whole: int) -> int:

@@ -21,65 +21,67 @@ def local_row(ids_ptr, map_ptr, route, mask, known, LOCAL: tl.constexpr, HAS_MAP
 
 
 @triton.jit
-def shift(x_ptr, shifted_ptr, program, elements, IN_PLACES: tl.constexpr, BLOCK_X: tl.constexpr):
-    """x times 2^64, which the kernels' weights lack; in the places of `kernels.warpgroup` if IN_PLACES."""
+def shift(x_ptr, shifted_ptr, program, elements, BLOCK_X: tl.constexpr):
+    """x times 2^64, which the weights lack that the kernels decode."""
     i = program.to(tl.int64) * BLOCK_X + tl.arange(0, BLOCK_X)
     x = tl.load(x_ptr + i, mask=i < elements, other=0.0).to(tl.float32)
-    # The rows' width is a multiple of 32, so places within a row are places within all of x.
-    to = (i & -32) | ((i & 6) << 2) | ((i & 24) >> 2) | (i & 1) if IN_PLACES else i
-    tl.store(shifted_ptr + to, (x * 18446744073709551616.0).to(tl.bfloat16), mask=i < elements)  # 2^64
+    tl.store(shifted_ptr + i, (x * 18446744073709551616.0).to(tl.bfloat16), mask=i < elements)  # 2^64
+
+
+@triton.jit
+def tile_counts(
+    ids_ptr,
+    map_ptr,
+    tile,
+    routes,
+    known,
+    LOCAL: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """How many routes of a tile each local expert has, int32 [BLOCK_L]."""
+    route = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
+    return tl.sum((rows[:, None] == tl.arange(0, BLOCK_L)[None, :]).to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["routes", "known", "elements"])
 def count_kernel(
     ids_ptr,  # int [M·TOP_K]: experts
     map_ptr,  # int [known]: local row of each expert, read if HAS_MAP
-    count_ptr,  # out: int32 [LOCAL]: routes of each local expert
+    count_ptr,  # out: int32 [tiles, BLOCK_L]: routes of each tile that each local expert has
     x_ptr,  # bf16 [M·H]
     shifted_ptr,  # out: bf16 [M·H], times 2^64
     routes,
     known,
-    elements,  # M·H
+    elements,  # M·H, 0 for not to shift
     LOCAL: tl.constexpr,
     HAS_MAP: tl.constexpr,
-    IN_PLACES: tl.constexpr,
     PDL: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # routes a step
+    BLOCK_L: tl.constexpr,  # a power of two, at least LOCAL
+    BLOCK_R: tl.constexpr,  # routes of a tile
     BLOCK_X: tl.constexpr,  # elements of x a program
 ):
-    # Layout: the first LOCAL programs count the routes of an expert each; those after them shift a part of x each,
-    # which has nothing to do with it but the launch.
+    # Layout: the first programs count a tile of routes each; those after them shift a part of x each, which has
+    # nothing to do with it but the launch.
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    tiles = (routes + BLOCK_R - 1) // BLOCK_R
     program = tl.program_id(0)
-    if program < LOCAL:
-        found = tl.zeros((BLOCK_R,), dtype=tl.int32)
-        for start in range(0, routes, BLOCK_R):
-            route = start + tl.arange(0, BLOCK_R)
-            found += (local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP) == program).to(tl.int32)
-        tl.store(count_ptr + program, tl.sum(found, 0))
+    if program < tiles:
+        counts = tile_counts(ids_ptr, map_ptr, program, routes, known, LOCAL, HAS_MAP, BLOCK_L, BLOCK_R)
+        tl.store(count_ptr + program * BLOCK_L + tl.arange(0, BLOCK_L), counts)
     else:
-        shift(x_ptr, shifted_ptr, program - LOCAL, elements, IN_PLACES, BLOCK_X)
-
-
-@triton.jit
-def count_all(ids_ptr, map_ptr, routes, known, LOCAL: tl.constexpr, HAS_MAP: tl.constexpr, BLOCK_L: tl.constexpr):
-    """The routes of each local expert, int32 [BLOCK_L], counted by this program alone."""
-    row = tl.arange(0, BLOCK_L)
-    counts = tl.zeros((BLOCK_L,), dtype=tl.int32)
-    for start in range(0, routes, 64):
-        route = start + tl.arange(0, 64)
-        rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
-        counts += tl.sum((rows[:, None] == row[None, :]).to(tl.int32), 0)
-    return counts
+        shift(x_ptr, shifted_ptr, program - tiles, elements, BLOCK_X)
 
 
 @triton.jit(do_not_specialize=["routes", "known", "blocks", "elements"])
 def place_kernel(
     ids_ptr,  # int [M·TOP_K]
     map_ptr,  # int [known], read if HAS_MAP
-    count_ptr,  # int32 [LOCAL], read unless ALONE
+    count_ptr,  # int32 [tiles, BLOCK_L], read unless ALONE
     route_ptr,  # out: int32 [routes]: routes sorted by local row, the order within one kept; the rest is not written
     block_expert_ptr,  # out: int32 [blocks]: local row of each block, −1 past the last
     block_start_ptr,  # out: int32 [blocks]: its first position in the sorted routes
@@ -93,50 +95,55 @@ def place_kernel(
     ALONE: tl.constexpr,  # there was no count_kernel: count and shift here
     LOCAL: tl.constexpr,
     HAS_MAP: tl.constexpr,
-    IN_PLACES: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_L: tl.constexpr,  # a power of two, at least LOCAL
     BLOCK_M: tl.constexpr,  # routes of a block
-    BLOCK_R: tl.constexpr,  # routes, and blocks, a step
+    BLOCK_R: tl.constexpr,  # routes of a tile
+    BLOCK_B: tl.constexpr,  # blocks a program
     BLOCK_X: tl.constexpr,  # elements of x a program
 ):
-    # Layout: program e places the routes and blocks of expert e; one more marks the blocks that are not used; those
-    # after it shift x.
-    # The trick: each adds up the counts of the experts before it, so no program waits for another.
+    # Layout: the first programs place a tile of routes each, the next write BLOCK_B blocks each, the last shift x.
+    # The trick: each adds up the counts of all tiles, so no program waits for another.
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    expert = tl.program_id(0)
-    if expert > LOCAL:
-        shift(x_ptr, shifted_ptr, expert - LOCAL - 1, elements, IN_PLACES, BLOCK_X)
+    program = tl.program_id(0)
+    tiles = (routes + BLOCK_R - 1) // BLOCK_R
+    writers = (blocks + BLOCK_B - 1) // BLOCK_B
+    if program >= tiles + writers:
+        shift(x_ptr, shifted_ptr, program - tiles - writers, elements, BLOCK_X)
         return
     row = tl.arange(0, BLOCK_L)
+    counts = tl.zeros((BLOCK_L,), dtype=tl.int32)
+    before = tl.zeros((BLOCK_L,), dtype=tl.int32)  # this tile
     if ALONE:
-        counts = count_all(ids_ptr, map_ptr, routes, known, LOCAL, HAS_MAP, BLOCK_L)
+        for tile in range(tiles):
+            own = tile_counts(ids_ptr, map_ptr, tile, routes, known, LOCAL, HAS_MAP, BLOCK_L, BLOCK_R)
+            counts += own
+            before += tl.where(tile < program, own, 0)
     else:
-        counts = tl.load(count_ptr + row, mask=row < LOCAL, other=0)
-    before = row < expert
-    first = tl.sum(tl.where(before, counts, 0), 0)
-    first_block = tl.sum(tl.where(before, (counts + BLOCK_M - 1) // BLOCK_M, 0), 0)
-    step = tl.arange(0, BLOCK_R)
-    if expert == LOCAL:
-        for start in range(first_block, blocks, BLOCK_R):
-            tl.store(block_expert_ptr + start + step, tl.full((BLOCK_R,), -1, tl.int32), mask=start + step < blocks)
-        return
-    own = tl.sum(tl.where(row == expert, counts, 0), 0)
-    if own == 0:
-        return
-    placed = first
-    for start in range(0, routes, BLOCK_R):
-        route = start + step
-        hit = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP) == expert
-        rank = tl.cumsum(hit.to(tl.int32), 0)
-        tl.store(route_ptr + placed + rank - 1, route, mask=hit)
-        placed += tl.sum(hit.to(tl.int32), 0)
-    for start in range(0, (own + BLOCK_M - 1) // BLOCK_M, BLOCK_R):
-        block = start + step
-        used = block * BLOCK_M < own
-        begin = first + block * BLOCK_M
-        tl.store(block_expert_ptr + first_block + block, tl.zeros((BLOCK_R,), tl.int32) + expert, mask=used)
-        tl.store(block_start_ptr + first_block + block, begin, mask=used)
-        tl.store(block_end_ptr + first_block + block, tl.minimum(begin + BLOCK_M, first + own), mask=used)
+        for first_tile in range(0, tiles, 32):
+            tile = first_tile + tl.arange(0, 32)[:, None]
+            own = tl.load(count_ptr + tile * BLOCK_L + row[None, :], mask=tile < tiles, other=0)
+            counts += tl.sum(own, 0)
+            before += tl.sum(tl.where(tile < program, own, 0), 0)
+    first = tl.cumsum(counts, 0) - counts  # position of each expert's first route
+    if program < tiles:
+        route = program * BLOCK_R + tl.arange(0, BLOCK_R)
+        rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
+        hits = (rows[:, None] == row[None, :]).to(tl.int32)
+        rank = tl.cumsum(hits, 0) - 1
+        position = tl.sum(hits * ((first + before)[None, :] + rank), 1)
+        tl.store(route_ptr + position, route, mask=rows >= 0)
+    else:
+        used = (counts + BLOCK_M - 1) // BLOCK_M
+        last = tl.cumsum(used, 0)  # one past each expert's last block
+        block = (program - tiles) * BLOCK_B + tl.arange(0, BLOCK_B)
+        expert = tl.sum((last[None, :] <= block[:, None]).to(tl.int32), 1)
+        own = (expert[:, None] == row[None, :]).to(tl.int32)
+        begin = tl.sum(own * (first - (last - used) * BLOCK_M)[None, :], 1) + block * BLOCK_M
+        end = tl.minimum(begin + BLOCK_M, tl.sum(own * (first + counts)[None, :], 1))
+        exists = block < tl.sum(used, 0)
+        tl.store(block_expert_ptr + block, tl.where(exists, expert, -1), mask=block < blocks)
+        tl.store(block_start_ptr + block, begin, mask=exists & (block < blocks))
+        tl.store(block_end_ptr + block, end, mask=exists & (block < blocks))

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.amd.cdna3 import mfma
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_ep.kernels.fragments import decode, scale_f32, swiglu
+from moe_ep.kernels.fragments import decode, decode_scaled, scale_f32, shifted, swiglu
 
 
 @constexpr_function
@@ -31,11 +31,15 @@ def _dot(a, b, zero, CDNA: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(acc, words, fields, x, zero, CDNA: gl.constexpr):
-    """acc [S, N, M] + a group's 128 products, each block of 32 times its scale."""
-    w = decode(words, CDNA)
-    for block in gl.static_range(4):
-        acc += _dot(w[block], x[block], zero, CDNA) * scale_f32(fields, block)[:, :, None]
+def _multiply(acc, words, fields, x, zero, CDNA: gl.constexpr, SCALED: gl.constexpr):
+    """acc [S, N, M] + a group's 128 products: times the scale of each block of 32, or of scaled weights."""
+    if SCALED:
+        for block in gl.static_range(4):
+            acc = mma_v2(decode_scaled(words, fields[:, :, None], block), x[block], acc)
+    else:
+        w = decode(words, CDNA)
+        for block in gl.static_range(4):
+            acc += _dot(w[block], x[block], zero, CDNA) * scale_f32(fields, block)[:, :, None]
     return acc
 
 
@@ -54,6 +58,7 @@ def _gemms(
     STAGES: gl.constexpr,
     zero,
     CDNA: gl.constexpr,
+    SCALED: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Two products [S, N, M] with the same activations: of the rows at the pointers, and of those FAR groups on."""
@@ -62,25 +67,28 @@ def _gemms(
     fields = ()
     for stage in gl.static_range(STAGES):
         for i in gl.static_range(2):
-            words = words + (gl.load(words_ptr + (stage + i * FAR) * 32),)  # type: ignore[assignment]
-            fields = fields + (gl.load(field_ptr + (stage + i * FAR)),)  # type: ignore[assignment]
+            words = words + (gl.load(words_ptr + stage * 512 + i * FAR * 32),)  # type: ignore[assignment]
+            fields = fields + (gl.load(field_ptr + stage * 16 + i * FAR),)  # type: ignore[assignment]
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    x = _load_blocks(rows)
+    following = _load_blocks(rows)
     accs = (zero, zero)
     for step in range(0, STEPS, STAGES):
         for stage in gl.static_range(STAGES):
             ahead = gl.minimum(step + stage + STAGES, STEPS - 1)
-            following = _load_blocks(rows + gl.minimum(step + stage + 1, STEPS - 1) * 128)
+            if SCALED:  # many activations: their registers hold one step's only
+                x = _load_blocks(rows + (step + stage) * 128)
+            else:
+                x = following
+                following = _load_blocks(rows + gl.minimum(step + stage + 1, STEPS - 1) * 128)
             for i in gl.static_range(2):
-                acc = _multiply(accs[i], words[2 * stage + i], fields[2 * stage + i], x, zero, CDNA)
+                acc = _multiply(accs[i], words[2 * stage + i], fields[2 * stage + i], x, zero, CDNA, SCALED)
                 accs = accs[:i] + (acc,) + accs[i + 1 :]
-                word = gl.load(words_ptr + i * FAR * 32 + ahead * 32)
-                field = gl.load(field_ptr + i * FAR + ahead)
+                word = gl.load(words_ptr + i * FAR * 32 + ahead * 512)
+                field = gl.load(field_ptr + i * FAR + ahead * 16)
                 words = words[: 2 * stage + i] + (word,) + words[2 * stage + i + 1 :]
                 fields = fields[: 2 * stage + i] + (field,) + fields[2 * stage + i + 1 :]
-            x = following
     return gl.sum(accs[0], 0), gl.sum(accs[1], 0)
 
 
@@ -94,6 +102,7 @@ def _weight_pointers(
     SLICES: gl.constexpr,
     BLOCK_N: gl.constexpr,
     mma: gl.constexpr,
+    SCALED: gl.constexpr,
 ):
     """Pointers [S, BLOCK_N, 32] to a group's words and [S, BLOCK_N] to its scales, of rows from `first` on."""
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
@@ -102,11 +111,20 @@ def _weight_pointers(
     s = gl.arange(0, SLICES, layout=gl.SliceLayout(1, gl.SliceLayout(2, left)))
     # 64 bits for the first row, 32 within the tile.
     words = (
-        w_ptr + first * (GROUPS * 32) + ((n[None, :, None] * GROUPS + s[:, None, None] * STEPS) * 32 + k[None, None, :])
+        w_ptr
+        + first * (GROUPS * 32)
+        + (
+            ((n[None, :, None] // 16) * GROUPS + s[:, None, None] * STEPS) * 512
+            + (n[None, :, None] % 16) * 32
+            + k[None, None, :]
+        )
     )
-    n_acc = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, gl.SliceLayout(2, mma)))
-    s_acc = gl.arange(0, SLICES, layout=gl.SliceLayout(1, gl.SliceLayout(2, mma)))
-    return words, field_ptr + first * GROUPS + (n_acc[None, :] * GROUPS + s_acc[:, None] * STEPS)
+    scaled: gl.constexpr = gl.SliceLayout(2, left if SCALED else mma)  # where the scales are applied
+    n_acc = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scaled))
+    s_acc = gl.arange(0, SLICES, layout=gl.SliceLayout(1, scaled))
+    return words, field_ptr + first * GROUPS + (
+        (n_acc[None, :] // 16) * (GROUPS * 16) + s_acc[:, None] * (STEPS * 16) + n_acc[None, :] % 16
+    )
 
 
 @gluon.jit
@@ -154,6 +172,8 @@ def gate_up_stream(
     steps: gl.constexpr = groups // SLICES
     mma: gl.constexpr = accumulator_layout(CDNA, SLICES, gl.num_warps() // SLICES)
     out: gl.constexpr = gl.SliceLayout(0, mma)
+    # From 16 rows on it is no more to scale the weights than the sums. CDNA has no packed bf16 product.
+    scaled: gl.constexpr = BLOCK_M >= 16 and not CDNA
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -163,7 +183,7 @@ def gate_up_stream(
         return
     n_first = gl.program_id(0) % n_tiles * BLOCK_N
     row = expert.to(gl.int64) * (2 * INTER) + n_first
-    words, fields = _weight_pointers(w13_ptr, scale_ptr, row, groups, steps, SLICES, BLOCK_N, mma)
+    words, fields = _weight_pointers(w13_ptr, scale_ptr, row, groups, steps, SLICES, BLOCK_N, mma, scaled)
 
     start = gl.load(block_start_ptr + block)
     end = gl.load(block_end_ptr + block)
@@ -172,7 +192,7 @@ def gate_up_stream(
     token = gl.load(route_ptr + position) // TOP_K
     rows = _row_pointers(x_ptr, token, HIDDEN, steps, SLICES, mma)
     zero = gl.zeros([SLICES, BLOCK_N, BLOCK_M], gl.float32, layout=mma)
-    gate, up = _gemms(words, fields, rows, INTER * groups, steps, STAGES, zero, CDNA, False)
+    gate, up = _gemms(words, fields, rows, INTER * groups, steps, STAGES, zero, CDNA, scaled, False)
 
     n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, out))
     if HAS_BIAS:
@@ -180,7 +200,7 @@ def gate_up_stream(
         up += gl.load(bias_ptr + row + n + INTER)[:, None]
     m = start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, out))
     h_rows = h_ptr + m.to(gl.int64)[None, :] * INTER + (n_first + n)[:, None]
-    gl.store(h_rows, swiglu(gate, up, limit, HAS_LIMIT), mask=(m < end)[None, :])
+    gl.store(h_rows, shifted(swiglu(gate, up, limit, HAS_LIMIT)), mask=(m < end)[None, :])
 
 
 @gluon.jit
@@ -213,13 +233,15 @@ def down_stream(
     steps: gl.constexpr = groups // SLICES
     mma: gl.constexpr = accumulator_layout(CDNA, SLICES, gl.num_warps() // SLICES)
     out: gl.constexpr = gl.SliceLayout(0, mma)
+    # From 16 rows on it is no more to scale the weights than the sums. CDNA has no packed bf16 product.
+    scaled: gl.constexpr = BLOCK_M >= 16 and not CDNA
     block = gl.program_id(0) // n_tiles
     expert = gl.load(block_expert_ptr + block)
     if expert < 0:
         return
     n_first = gl.program_id(0) % n_tiles * (2 * BLOCK_N)
     row = expert.to(gl.int64) * HIDDEN + n_first
-    words, fields = _weight_pointers(w2_ptr, scale_ptr, row, groups, steps, SLICES, BLOCK_N, mma)
+    words, fields = _weight_pointers(w2_ptr, scale_ptr, row, groups, steps, SLICES, BLOCK_N, mma, scaled)
 
     start = gl.load(block_start_ptr + block)
     end = gl.load(block_end_ptr + block)
@@ -227,7 +249,7 @@ def down_stream(
     position = _positions(start, end, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(1, right)))
     rows = _row_pointers(h_ptr, position, INTER, steps, SLICES, mma)
     zero = gl.zeros([SLICES, BLOCK_N, BLOCK_M], gl.float32, layout=mma)
-    low, high = _gemms(words, fields, rows, BLOCK_N * groups, steps, STAGES, zero, CDNA, PDL)
+    low, high = _gemms(words, fields, rows, BLOCK_N * groups, steps, STAGES, zero, CDNA, scaled, PDL)
 
     n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, out))
     if HAS_BIAS:

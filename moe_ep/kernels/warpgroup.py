@@ -1,12 +1,10 @@
 """Both grouped GEMMs for many rows an expert on Hopper, where the matrix units are the bound.
 
 Activations and weights are copied ahead into shared memory; the activations stay there as the right operand, the
-weights are decoded in registers as the left one, of w1 while w3's products are under way and the other way round.
+weights are decoded in registers as the left one. Here scales are applied to the weights, which come out as their value
+times 2^-64; the sums are multiplied by 2^64, so the activations are taken as they are.
 """
 
-import math
-
-from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,32 +18,39 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from moe_ep.kernels.fragments import decode_scaled, swiglu
 
 
-@constexpr_function
-def words_layout(rows, warps):
-    """[rows, 4, 8] words of a group: a lane has the eight of one row that make its part of the left operand."""
-    registers = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [8, 0, 0]]
-    lanes = [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    across = [[16 << i, 0, 0] for i in range(int(math.log2(warps)))]
-    registers += [[16 * warps << i, 0, 0] for i in range(int(math.log2(rows // (16 * warps))))]
-    return gl.DistributedLinearLayout(registers, lanes, across, [], [rows, 4, 8])
+@gluon.jit
+def _buffers(STAGES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):
+    """For each stage: activations [BLOCK_M, 128], and words [BLOCK_N, 32] of two matrices.
+
+    An allocation each, so that the compiler sees which of them a copy and a product share, and puts no barrier between
+    those that share none.
+    """
+    # 64 bytes a row: two rows a phase, four phases of 16 bytes, so that eight rows' parts lie in different banks.
+    w_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
+    buffers = ()
+    for _stage in gl.static_range(STAGES):
+        x = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_M, 128], gl.NVMMASharedLayout(128, 16, 2))
+        first = gl.allocate_shared_memory(gl.uint16, [BLOCK_N, 32], w_layout)
+        second = gl.allocate_shared_memory(gl.uint16, [BLOCK_N, 32], w_layout)
+        buffers = buffers + ((x, first, second),)  # type: ignore[assignment]
+    return buffers
 
 
 @gluon.jit
-def _operand(blocks, ROWS: gl.constexpr, mma: gl.constexpr):
-    """Four blocks [ROWS, 4 q, 8 = 4 j × 2 e] → the left operand [ROWS, 128], k = 32·block + 8j + 2q + e."""
-    # The trick: lane q holds k = 8q + 2j + e, but as an operand it stands for 8j + 2q + e. The activations are
-    # stored with the same change of places, so nothing moves.
-    pairs = gl.join(gl.join(blocks[0], blocks[1]), gl.join(blocks[2], blocks[3]))
-    k = pairs.reshape([ROWS, 4, 4, 2, 2, 2]).permute((0, 5, 4, 2, 1, 3)).reshape([ROWS, 128])
-    return gl.convert_layout(k, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
-
-
-@gluon.jit
-def _fetch(x_buffers, w_buffers, x_rows, words_ptr, FAR: gl.constexpr, group, stage):
-    async_copy.async_copy_global_to_shared(x_buffers.index(stage), x_rows + group * 128)
-    async_copy.async_copy_global_to_shared(w_buffers.index(2 * stage), words_ptr + group * 32)
-    async_copy.async_copy_global_to_shared(w_buffers.index(2 * stage + 1), words_ptr + FAR * 32 + group * 32)
+def _fetch(buffers, x_rows, words_ptr, FAR: gl.constexpr, group):
+    async_copy.async_copy_global_to_shared(buffers[0], x_rows + group * 128)
+    async_copy.async_copy_global_to_shared(buffers[1], words_ptr + group * 512)
+    async_copy.async_copy_global_to_shared(buffers[2], words_ptr + FAR * 32 + group * 512)
     async_copy.commit_group()
+
+
+@gluon.jit
+def _multiply(acc, words, fields, x):
+    """acc [N, M] + a group's 128 products, which may still be under way; no earlier ones are."""
+    for block in gl.static_range(4):
+        right = x.slice(32 * block, 32, 1).permute((1, 0))
+        acc = warpgroup_mma(decode_scaled(words, fields[:, None], block), right, acc, is_async=True)
+    return acc
 
 
 @gluon.jit
@@ -56,166 +61,100 @@ def _gemms(
     FAR: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
-    ROWS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
     BLOCK_M: gl.constexpr,
     mma: gl.constexpr,
 ):
-    """Two products [ROWS, BLOCK_M] with the same activations: of the rows at the pointers, and FAR groups on."""
-    layout: gl.constexpr = words_layout(ROWS, gl.num_warps())
-    x_buffers = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, 128], gl.NVMMASharedLayout(128, 16, 2))
-    w_buffers = gl.allocate_shared_memory(
-        gl.uint16, [2 * STAGES, ROWS, 4, 8], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    )
-    for stage in gl.static_range(STAGES - 2):
-        _fetch(x_buffers, w_buffers, x_rows, words_ptr, FAR, min(stage, GROUPS - 1), stage)
-    first = gl.zeros([ROWS, BLOCK_M], gl.float32, layout=mma)
-    second = gl.zeros([ROWS, BLOCK_M], gl.float32, layout=mma)
+    """Two products [BLOCK_N, BLOCK_M] with the same activations: of the rows at the pointers, and FAR groups on."""
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    buffers = _buffers(STAGES, BLOCK_N, BLOCK_M)
+    for stage in gl.static_range(STAGES - 1):
+        _fetch(buffers[stage], x_rows, words_ptr, FAR, stage)
+    first = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=mma)
+    second = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=mma)
     first_fields = gl.load(field_ptr)
     second_fields = gl.load(field_ptr + FAR)
-    for group in range(GROUPS):
-        async_copy.wait_group(STAGES - 3)
-        fence_async_shared()
-        first_words = w_buffers.index(group % STAGES * 2).load(layout)
-        second_words = w_buffers.index(group % STAGES * 2 + 1).load(layout)
-        # Two buffers are not fetched into: this step's, and the last one's, whose products may be under way.
-        ahead = group + STAGES - 2
-        _fetch(x_buffers, w_buffers, x_rows, words_ptr, FAR, gl.minimum(ahead, GROUPS - 1), ahead % STAGES)
-        following = gl.minimum(group + 1, GROUPS - 1)
-        next_first = gl.load(field_ptr + following)
-        next_second = gl.load(field_ptr + FAR + following)
-        x = x_buffers.index(group % STAGES).permute((1, 0))
-        first = warpgroup_mma(_operand(decode_scaled(first_words, first_fields), ROWS, mma), x, first, is_async=True)
-        first, second = warpgroup_mma_wait(1, deps=(first, second))
-        second = warpgroup_mma(
-            _operand(decode_scaled(second_words, second_fields), ROWS, mma), x, second, is_async=True
-        )
-        first, second = warpgroup_mma_wait(1, deps=(first, second))
-        first_fields = next_first
-        second_fields = next_second
+    async_copy.wait_group(STAGES - 2)
+    fence_async_shared()
+    # The trick: while the matrix units multiply by one matrix's weights, the other's are decoded.
+    for step in range(0, GROUPS, STAGES):
+        for stage in gl.static_range(STAGES):
+            following = gl.minimum(step + stage + 1, GROUPS - 1)
+            next_first = gl.load(field_ptr + following * 16)
+            next_second = gl.load(field_ptr + FAR + following * 16)
+            first = _multiply(first, buffers[stage][1].load(left), first_fields, buffers[stage][0])
+            # Only these four products may be under way, none of the last step; after the barrier that comes with the
+            # wait that holds for all warps, so the last step's buffers can be filled again.
+            first, second = warpgroup_mma_wait(4, deps=(first, second))
+            async_copy.wait_group(STAGES - 3)
+            fence_async_shared()
+            ahead = gl.minimum(step + stage + STAGES - 1, GROUPS - 1)
+            _fetch(buffers[(stage + STAGES - 1) % STAGES], x_rows, words_ptr, FAR, ahead)
+            second = _multiply(second, buffers[stage][2].load(left), second_fields, buffers[stage][0])
+            first, second = warpgroup_mma_wait(4, deps=(first, second))
+            first_fields = next_first
+            second_fields = next_second
     async_copy.wait_group(0)
-    return warpgroup_mma_wait(0, deps=(first, second))
+    first, second = warpgroup_mma_wait(0, deps=(first, second))
+    return first * 18446744073709551616.0, second * 18446744073709551616.0  # 2^64
 
 
 @gluon.jit
-def _weight_pointers(w_ptr, field_ptr, first, GROUPS: gl.constexpr, ROWS: gl.constexpr):
-    """Pointers [ROWS, 4, 8] to a group's words and [ROWS] to its scales, of rows from `first` on."""
-    layout: gl.constexpr = words_layout(ROWS, gl.num_warps())
-    n = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    q = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    e = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+def _weight_pointers(w_ptr, field_ptr, row, GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, mma: gl.constexpr):
+    """Pointers [BLOCK_N, 32] to a group's words and [BLOCK_N] to its scales, of rows from `row` on."""
+    copies: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
+    n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, copies))
+    k = gl.arange(0, 32, layout=gl.SliceLayout(0, copies))
+    n_left = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, gl.DotOperandLayout(0, mma, 2)))
     # 64 bits for the first row, 32 within the tile.
-    within = n[:, None, None] * (GROUPS * 32) + q[None, :, None] * 8 + e[None, None, :]
-    return w_ptr + first * (GROUPS * 32) + within, field_ptr + first * GROUPS + n * GROUPS
+    words = w_ptr + row * (GROUPS * 32) + ((n[:, None] // 16) * (GROUPS * 512) + (n[:, None] % 16) * 32 + k[None, :])
+    return words, field_ptr + row * GROUPS + ((n_left // 16) * (GROUPS * 16) + n_left % 16)
 
 
 @gluon.jit
-def _row_pointers(x_ptr, row, WIDTH: gl.constexpr, layout: gl.constexpr):
+def _row_pointers(x_ptr, row, WIDTH: gl.constexpr, copies: gl.constexpr):
     """Pointers [M, 128] to the first group of the activations' rows [M]."""
-    return x_ptr + row.to(gl.int64)[:, None] * WIDTH + gl.arange(0, 128, layout=gl.SliceLayout(0, layout))[None, :]
+    return x_ptr + row.to(gl.int64)[:, None] * WIDTH + gl.arange(0, 128, layout=gl.SliceLayout(0, copies))[None, :]
 
 
 @gluon.jit
-def place(k):
-    """Where activation k is stored, so that operand 8j + 2q + e of a block finds what lane q has as 8q + 2j + e."""
-    return (k & -32) | ((k & 6) << 2) | ((k & 24) >> 2) | (k & 1)
-
-
-@gluon.jit
-def gate_up_warpgroup(
-    x_ptr,  # bf16 [M, HIDDEN], times 2^64, in places
-    w13_ptr,  # uint16 [L, 2·INTER, HIDDEN/4] in kernel order
-    scale_ptr,  # uint32 [L, 2·INTER, HIDDEN/128]: exponent fields
-    bias_ptr,  # f32 [L, 2·INTER], read if HAS_BIAS
-    h_ptr,  # out: bf16 [routes, INTER], times 2^64, in places; row = position in the sorted routes
-    route_ptr,  # int32 [routes]: token·TOP_K + slot, sorted by local expert
-    block_expert_ptr,  # int32 [blocks]: local expert of the block, −1 past the last
-    block_start_ptr,  # int32 [blocks]: first position of the block
-    block_end_ptr,  # int32 [blocks]: one past its last position
-    limit,
-    TOP_K: gl.constexpr,
-    HIDDEN: gl.constexpr,  # a multiple of 128
-    INTER: gl.constexpr,  # a multiple of BLOCK_N
-    HAS_BIAS: gl.constexpr,
-    HAS_LIMIT: gl.constexpr,
-    PDL: gl.constexpr,
-    BLOCK_M: gl.constexpr,  # routes of one expert
-    BLOCK_N: gl.constexpr,  # intermediate features: 16 for each warp
-    STAGES: gl.constexpr,  # buffers in shared memory, 3 and more
-):
-    # Layout: one program makes a [BLOCK_N, BLOCK_M] tile of hᵀ from rows n of w1 and of w3; programs of one block of
-    # routes are neighbours, so that its x rows stay in cache.
-    n_tiles: gl.constexpr = INTER // BLOCK_N
+def _gate_up_tile(
+    x_ptr, w13_ptr, scale_ptr, bias_ptr, h_ptr, route_ptr, expert, start, end, n_first, limit,
+    TOP_K: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LIMIT: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     groups: gl.constexpr = HIDDEN // 128
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    block = gl.program_id(0) // n_tiles
-    expert = gl.load(block_expert_ptr + block)
-    if expert < 0:
-        return
-    n_first = gl.program_id(0) % n_tiles * BLOCK_N
-    row = expert.to(gl.int64) * (2 * INTER) + n_first
-    words, fields = _weight_pointers(w13_ptr, scale_ptr, row, groups, BLOCK_N)
-    start = gl.load(block_start_ptr + block)
-    end = gl.load(block_end_ptr + block)
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    row = expert.to(gl.int64) * (2 * INTER) + n_first
+    words, fields = _weight_pointers(w13_ptr, scale_ptr, row, groups, BLOCK_N, mma)
+    # Positions past the block's last repeat it, and what they compute is not stored.
     position = gl.minimum(start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copies)), end - 1)
-    token = gl.load(route_ptr + position) // TOP_K
-    rows = _row_pointers(x_ptr, token, HIDDEN, copies)
+    rows = _row_pointers(x_ptr, gl.load(route_ptr + position) // TOP_K, HIDDEN, copies)
     gate, up = _gemms(words, fields, rows, INTER * groups, groups, STAGES, BLOCK_N, BLOCK_M, mma)
-
     n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, mma))
     if HAS_BIAS:
         gate += gl.load(bias_ptr + row + n)[:, None]
         up += gl.load(bias_ptr + row + n + INTER)[:, None]
     m = start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, mma))
-    h_rows = h_ptr + m.to(gl.int64)[None, :] * INTER + place(n_first + n)[:, None]
+    h_rows = h_ptr + m.to(gl.int64)[None, :] * INTER + (n_first + n)[:, None]
     gl.store(h_rows, swiglu(gate, up, limit, HAS_LIMIT), mask=(m < end)[None, :])
 
 
 @gluon.jit
-def down_warpgroup(
-    h_ptr,  # bf16 [routes, INTER], times 2^64, in places; row = position in the sorted routes
-    w2_ptr,  # uint16 [L, HIDDEN, INTER/4] in kernel order
-    scale_ptr,  # uint32 [L, HIDDEN, INTER/128]: exponent fields
-    bias_ptr,  # f32 [L, HIDDEN], read if HAS_BIAS
-    weight_ptr,  # f32 [M·TOP_K]: routing weights
-    y_ptr,  # out: f32 [M·TOP_K, HIDDEN], row = route; rows of remote routes are not written
-    route_ptr,  # int32 [routes]
-    block_expert_ptr,  # int32 [blocks]
-    block_start_ptr,  # int32 [blocks]
-    block_end_ptr,  # int32 [blocks]
-    HIDDEN: gl.constexpr,  # a multiple of 2·BLOCK_N
-    INTER: gl.constexpr,  # a multiple of 128
-    HAS_BIAS: gl.constexpr,
-    PDL: gl.constexpr,
-    BLOCK_M: gl.constexpr,  # routes of one expert
-    BLOCK_N: gl.constexpr,  # hidden features of each half of the tile: 16 for each warp
-    STAGES: gl.constexpr,  # buffers in shared memory, 3 and more
-):
-    # Layout: one program makes a [2·BLOCK_N, BLOCK_M] tile of yᵀ, in two halves like gate and up, and scatters it to
-    # the rows of its routes: every route has a row of its own, so no atomics are needed.
-    n_tiles: gl.constexpr = HIDDEN // (2 * BLOCK_N)
+def _down_tile(
+    h_ptr, w2_ptr, scale_ptr, bias_ptr, weight_ptr, y_ptr, route_ptr, expert, start, end, n_first,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
     groups: gl.constexpr = INTER // 128
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BLOCK_M, 16])
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    block = gl.program_id(0) // n_tiles
-    expert = gl.load(block_expert_ptr + block)
-    if expert < 0:
-        return
-    n_first = gl.program_id(0) % n_tiles * (2 * BLOCK_N)
-    row = expert.to(gl.int64) * HIDDEN + n_first
-    words, fields = _weight_pointers(w2_ptr, scale_ptr, row, groups, BLOCK_N)
-    start = gl.load(block_start_ptr + block)
-    end = gl.load(block_end_ptr + block)
     copies: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [gl.num_warps(), 1], [1, 0])
+    row = expert.to(gl.int64) * HIDDEN + n_first
+    words, fields = _weight_pointers(w2_ptr, scale_ptr, row, groups, BLOCK_N, mma)
     position = gl.minimum(start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copies)), end - 1)
     rows = _row_pointers(h_ptr, position, INTER, copies)
     low, high = _gemms(words, fields, rows, BLOCK_N * groups, groups, STAGES, BLOCK_N, BLOCK_M, mma)
-
     n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, mma))
     if HAS_BIAS:
         low += gl.load(bias_ptr + row + n)[:, None]
@@ -225,5 +164,90 @@ def down_warpgroup(
     weight = gl.load(weight_ptr + route, mask=m < end, other=0.0)[None, :]
     y_rows = y_ptr + route.to(gl.int64)[None, :] * HIDDEN + (n_first + n)[:, None]
     mask = (m < end)[None, :]
-    gl.store(y_rows, low * weight, mask=mask)
-    gl.store(y_rows + BLOCK_N, high * weight, mask=mask)
+    gl.store(y_rows, (low * weight).to(gl.bfloat16), mask=mask)
+    gl.store(y_rows + BLOCK_N, (high * weight).to(gl.bfloat16), mask=mask)
+
+
+@gluon.jit
+def gate_up_warpgroup(
+    x_ptr,  # bf16 [M, HIDDEN]
+    w13_ptr,  # uint16 [L, 2·INTER, HIDDEN/4] in kernel order
+    scale_ptr,  # uint32 [L, 2·INTER, HIDDEN/128]: exponent fields
+    bias_ptr,  # f32 [L, 2·INTER], read if HAS_BIAS
+    h_ptr,  # out: bf16 [routes, INTER]; row = position in the sorted routes
+    route_ptr,  # int32 [routes]: token·TOP_K + slot, sorted by local expert
+    block_expert_ptr,  # int32 [blocks]: local expert of the block, −1 past the last
+    block_start_ptr,  # int32 [blocks]: first position of the block
+    block_end_ptr,  # int32 [blocks]: one past its last position
+    limit,
+    TOP_K: gl.constexpr,
+    HIDDEN: gl.constexpr,  # a multiple of 128·STAGES
+    INTER: gl.constexpr,  # a multiple of BLOCK_N
+    HAS_BIAS: gl.constexpr,
+    HAS_LIMIT: gl.constexpr,
+    PDL: gl.constexpr,
+    BLOCK_M: gl.constexpr,  # routes of one expert, at most
+    BLOCK_N: gl.constexpr,  # intermediate features: 16 for each warp
+    STAGES: gl.constexpr,  # buffers in shared memory, 3 and more
+):
+    # Layout: one program makes a [BLOCK_N, up to BLOCK_M] tile of hᵀ from rows n of w1 and of w3; programs of one
+    # block of routes are neighbours, so that its x rows stay in cache.
+    # The trick: a block that is not full takes products of half or a quarter of the width.
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    n_tiles: gl.constexpr = INTER // BLOCK_N
+    block = gl.program_id(0) // n_tiles
+    expert = gl.load(block_expert_ptr + block)
+    if expert < 0:
+        return
+    n_first = gl.program_id(0) % n_tiles * BLOCK_N
+    start = gl.load(block_start_ptr + block)
+    end = gl.load(block_end_ptr + block)
+    for quarters in gl.static_range(3):
+        if (end - start <= BLOCK_M >> (2 - quarters)) & ((quarters == 0) | (end - start > BLOCK_M >> (3 - quarters))):
+            _gate_up_tile(
+                x_ptr, w13_ptr, scale_ptr, bias_ptr, h_ptr, route_ptr, expert, start, end, n_first, limit,
+                TOP_K, HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_M >> (2 - quarters), BLOCK_N, STAGES,
+            )  # fmt: skip
+
+
+@gluon.jit
+def down_warpgroup(
+    h_ptr,  # bf16 [routes, INTER]; row = position in the sorted routes
+    w2_ptr,  # uint16 [L, HIDDEN, INTER/4] in kernel order
+    scale_ptr,  # uint32 [L, HIDDEN, INTER/128]: exponent fields
+    bias_ptr,  # f32 [L, HIDDEN], read if HAS_BIAS
+    weight_ptr,  # f32 [M·TOP_K]: routing weights
+    y_ptr,  # out: bf16 [M·TOP_K, HIDDEN], row = route; rows of remote routes are not written
+    route_ptr,  # int32 [routes]
+    block_expert_ptr,  # int32 [blocks]
+    block_start_ptr,  # int32 [blocks]
+    block_end_ptr,  # int32 [blocks]
+    HIDDEN: gl.constexpr,  # a multiple of 2·BLOCK_N
+    INTER: gl.constexpr,  # a multiple of 128·STAGES
+    HAS_BIAS: gl.constexpr,
+    PDL: gl.constexpr,
+    BLOCK_M: gl.constexpr,  # routes of one expert, at most
+    BLOCK_N: gl.constexpr,  # hidden features of each half of the tile: 16 for each warp
+    STAGES: gl.constexpr,  # buffers in shared memory, 3 and more
+):
+    # Layout: one program makes a [2·BLOCK_N, up to BLOCK_M] tile of yᵀ, in two halves like gate and up, and scatters
+    # it to the rows of its routes: every route has a row of its own, so no atomics are needed.
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    n_tiles: gl.constexpr = HIDDEN // (2 * BLOCK_N)
+    block = gl.program_id(0) // n_tiles
+    expert = gl.load(block_expert_ptr + block)
+    if expert < 0:
+        return
+    n_first = gl.program_id(0) % n_tiles * (2 * BLOCK_N)
+    start = gl.load(block_start_ptr + block)
+    end = gl.load(block_end_ptr + block)
+    for quarters in gl.static_range(3):
+        if (end - start <= BLOCK_M >> (2 - quarters)) & ((quarters == 0) | (end - start > BLOCK_M >> (3 - quarters))):
+            _down_tile(
+                h_ptr, w2_ptr, scale_ptr, bias_ptr, weight_ptr, y_ptr, route_ptr, expert, start, end, n_first,
+                HIDDEN, INTER, HAS_BIAS, BLOCK_M >> (2 - quarters), BLOCK_N, STAGES,
+            )  # fmt: skip

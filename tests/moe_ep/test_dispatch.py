@@ -25,15 +25,16 @@ def plan_of(
 
 
 def _plan(
-    x: torch.Tensor, ids: torch.Tensor, mapped: torch.Tensor | None, local: int, block_m: int, in_places: bool = False
+    x: torch.Tensor, ids: torch.Tensor, mapped: torch.Tensor | None, local: int, block_m: int
 ) -> tuple[RoutePlan, torch.Tensor]:
     parts = {
         name: torch.empty(shape, dtype=dtype, device=x.device)
-        for name, (shape, dtype) in plan_parts(x.shape[0], x.shape[1], 1, local, block_m).items()
+        for name, (shape, dtype) in plan_parts(x.shape[0], x.shape[1], 1, local, block_m, shifts=True).items()
     }
     known = local if mapped is None else mapped.numel()
-    plan = planner(parts, local, known, block_m, mapped=mapped is not None, in_places=in_places, pdl=False)
+    plan = planner(parts, local, known, block_m, mapped=mapped is not None, pdl=False)
     plan(x, ids, mapped)
+    assert plan.shifted is not None
     return plan.plan, plan.shifted
 
 
