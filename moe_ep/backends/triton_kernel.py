@@ -1,5 +1,7 @@
 """The experts as Triton and Gluon kernels: plan the routes, two grouped GEMMs, combine."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -54,16 +56,31 @@ class Target:
         return self.backend == "cuda" and int(self.arch.removeprefix("sm")) >= 90
 
 
-def _target() -> Target:
+def current_target() -> Target:
+    """Of Triton's active driver."""
     if interpreted():
         return Target("hip", "interpreter", 64)
-    target = driver.active.get_current_target()
+    target = driver.active.get_currentcurrent_target()
     return Target(target.backend, f"sm{target.arch}" if target.backend == "cuda" else target.arch, target.warp_size)
 
 
 def launch_config(routes: int, num_experts: int, hidden: int, inner: int, target: Target) -> LaunchConfig:
     """What computes `routes` routes over all of the model's experts on this target."""
     return choose(tables.find(target.arch), routes, num_experts, hidden, inner, target.warp_size)
+
+
+_override: LaunchConfig | None = None
+
+
+@contextmanager
+def using(config: LaunchConfig) -> Iterator[None]:
+    """Compute all ops with one configuration, which must fit them, whatever the tables say."""
+    global _override
+    before, _override = _override, config
+    try:
+        yield
+    finally:
+        _override = before
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,7 @@ class _Shape:
     stream: int
     target: Target
     tables: str | None
+    override: LaunchConfig | None
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,7 @@ class _Op:
 @lru_cache(maxsize=_KEPT_SHAPES)
 def _op(shape: _Shape) -> _Op:
     routes = shape.tokens * shape.top_k
-    config = launch_config(routes, shape.known, shape.hidden, shape.inner, shape.target)
+    config = shape.override or launch_config(routes, shape.known, shape.hidden, shape.inner, shape.target)
     raw = config.kernel == "warpgroup"
     parts = workspace.carve(
         shape.device,
@@ -239,8 +257,9 @@ def _shape(
         aligned=tuple(t.data_ptr() % 16 == 0 for t in tensors),
         device=x.device,
         stream=driver.active.get_current_stream(x.device.index) if x.is_cuda else 0,
-        target=_target(),
+        target=current_target(),
         tables=tables.directory(),
+        override=_override,
     )
 
 

@@ -106,6 +106,13 @@ def text(table: Table) -> str:
     return yaml.safe_dump(document, sort_keys=False, width=120, default_flow_style=None)
 
 
+def write(path: Path, table: Table) -> None:
+    """Write the table, atomically."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text(table), encoding="utf-8")
+    partial.replace(path)
+
+
 def find(arch: str) -> Table | None:
     """The table of an arch ("sm90", "gfx942"): the user's, or the package's, or None."""
     return _find(arch, directory())

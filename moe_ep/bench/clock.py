@@ -1,0 +1,85 @@
+"""Times on a device, and what it reaches at best."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moe_ep.bench.cases import Batch
+
+Work = Callable[[], object]
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this device reaches: bytes/s (read plus written) of a copy, FLOP/s of a bf16 matmul."""
+
+    copy: float
+    matmul: float
+
+    def floor_us(self, batches: Sequence[Batch], held: int, expert_bytes: float, route_flops: int) -> float:
+        """The larger of two times, on average over the batches.
+
+        The packed bytes of the experts that are hit, once, at the copy rate; the FLOPs of the local routes at the
+        matmul rate.
+        """
+        hit = statistics.fmean(len(batch.local(held).unique()) for batch in batches)
+        routes = statistics.fmean(len(batch.local(held)) for batch in batches)
+        return max(hit * expert_bytes / self.copy, routes * route_flops / self.matmul) * 1e6
+
+
+def measure_rates(device: torch.device) -> Rates:
+    """A copy of 2 GiB and a matmul of 8192³ on random data; on a CPU a sixteenth, and 512³."""
+    big = device.type == "cuda"
+    source = torch.randint(0, 2**31, (2**29 if big else 2**25,), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if big else 512
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    copy = eager_us([lambda: target.copy_(source)], device)
+    matmul = eager_us([lambda: torch.matmul(a, b)], device)
+    return Rates(copy=2 * source.nbytes / copy * 1e6, matmul=2 * size**3 / matmul * 1e6)
+
+
+def eager_us(works: Sequence[Work], device: torch.device) -> float:
+    """Median µs of one of the works, launched one after the other from the host."""
+
+    def once() -> None:
+        for work in works:
+            work()
+
+    once()
+    return statistics.median(_elapsed_us(once, device) for _ in range(_REPEATS)) / len(works)
+
+
+def graph_us(works: Sequence[Work]) -> float:
+    """Median µs of one of the works, all of which are captured in one CUDA graph that is replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for work in works:
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for work in works:
+            work()
+    graph.replay()
+    device = torch.device("cuda")
+    return statistics.median(_elapsed_us(graph.replay, device) for _ in range(_REPEATS)) / len(works)
+
+
+def _elapsed_us(work: Work, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return (time.perf_counter() - start) * 1e6
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3

@@ -1,0 +1,67 @@
+"""What is timed against what: this package's op, and others' where they can be imported."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from moe_ep.bench import peers
+from moe_ep.bench.cases import Batch, RankShape, Weights
+from moe_ep.bench.exact import LIMIT
+from moe_ep.bench.peers import Op
+from moe_ep.fused import fused_moe_mxfp4
+from moe_ep.weights import ExpertWeights
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A kernel under its name. `prepare` does once what a server does when it loads weights."""
+
+    name: str
+    prepare: Callable[[RankShape, Weights], Op]
+    module: str | None = None
+    """What must be importable."""
+    capturable: bool = True
+    """Whether its launches need no number from the device."""
+    checked: bool = True
+    """Whether its result is compared: not where its weights' order is not made."""
+
+    @property
+    def available(self) -> bool:
+        """Whether it can be imported here."""
+        try:
+            return self.module is None or find_spec(self.module) is not None
+        except ModuleNotFoundError:  # a package above it is missing
+            return False
+
+
+def _own(impl: str) -> Callable[[RankShape, Weights], Op]:
+    def prepare(shape: RankShape, weights: Weights) -> Op:
+        ordered = ExpertWeights(*weights.packed, None, None).in_kernel_order()
+
+        def op(batch: Batch) -> Tensor:
+            return fused_moe_mxfp4(
+                *(batch.x, ordered.w13, ordered.w13_scale, ordered.w2, ordered.w2_scale, batch.ids, batch.weights),
+                expert_map=weights.expert_map,
+                swiglu_limit=LIMIT,
+                weight_order="kernel",
+                impl=impl,
+            )
+
+        return op
+
+    return prepare
+
+
+OURS = "triton_kernel"
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender(OURS, _own("triton_kernel")),
+        Contender("reference", _own("reference"), capturable=False),
+        Contender("xkernels", peers.xkernels, "xkernels", capturable=False),
+        Contender("triton_kernels", peers.triton_kernels, "triton_kernels", capturable=False),
+        Contender("marlin", peers.marlin, "vllm._moe_C", checked=False),
+    )
+}

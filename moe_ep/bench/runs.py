@@ -1,0 +1,115 @@
+"""One case timed for each contender, and the lines that come of it."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from moe_ep.bench.cases import Batch, RankShape, Routing, Weights, random_batch, random_weights
+from moe_ep.bench.clock import Rates, eager_us, graph_us
+from moe_ep.bench.contenders import Contender
+from moe_ep.bench.exact import exact
+from moe_ep.bench.peers import Op
+
+_ROTATED_BYTES = 2**28  # of weights at least, so that no cache holds what the last op read
+_MOST_SETS = 8
+_CHECKED_TOKENS = 64  # beyond, f64 takes too long
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one contender takes for one case, in µs an op.
+
+    `eager` is launched from the host op by op, `graph` replayed from a CUDA graph of all ops, None where it cannot be
+    captured. hit: experts that are read, on average. error: relative, of the norm, against f64.
+    """
+
+    shape: str
+    tokens: int
+    routing: Routing
+    kernel: str
+    hit: float
+    routes: float
+    floor: float
+    eager: float
+    graph: float | None
+    gb_per_s: float
+    tflop_per_s: float
+    error: float | None
+    failure: str | None = None
+
+    @property
+    def ratio(self) -> float:
+        """The best time over the floor."""
+        return min(self.eager, self.graph or self.eager) / self.floor
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+def time_shape(
+    shape: RankShape,
+    cases: Sequence[tuple[int, Routing]],
+    contenders: Sequence[Contender],
+    rates: Rates,
+    device: torch.device,
+) -> Iterator[Line]:
+    """A line for each case and contender, as it is measured. Each op has other tokens and, in turn, other weights."""
+    sets = max(1, min(_MOST_SETS, round(_ROTATED_BYTES / (shape.held * shape.expert_bytes))))
+    weights = [random_weights(shape, device, seed) for seed in range(sets)]
+    for contender in contenders:
+        ops = [contender.prepare(shape, one) for one in weights]
+        for tokens, routing in cases:
+            batches = [random_batch(shape, tokens, routing, device, seed) for seed in range(_batches(tokens, sets))]
+            yield _time(shape, routing, contender, ops, weights[0], batches, rates, device)
+        del ops
+        gc.collect()
+
+
+def _batches(tokens: int, sets: int) -> int:
+    return max(sets, 4 if tokens > 1024 else 12)
+
+
+def _time(
+    shape: RankShape,
+    routing: Routing,
+    contender: Contender,
+    ops: list[Op],
+    weights: Weights,
+    batches: list[Batch],
+    rates: Rates,
+    device: torch.device,
+) -> Line:
+    locals_ = [batch.local(shape.held) for batch in batches]
+    hit = sum(len(ids.unique()) for ids in locals_) / len(batches)
+    routes = sum(len(ids) for ids in locals_) / len(batches)
+    floor = rates.floor_us(batches, shape.held, shape.expert_bytes, shape.route_flops)
+    works = [partial(ops[i % len(ops)], batch) for i, batch in enumerate(batches)]
+    eager, graph, error, failure = float("nan"), None, None, None
+    try:
+        eager = eager_us(works, device)
+        if device.type == "cuda" and contender.capturable:
+            graph = graph_us(works)
+        error = relative_error(ops[0], weights, batches[0]) if contender.checked else None
+    except Exception as caught:  # a peer that does not take a shape must not end the others' run
+        failure = f"{type(caught).__name__}: {caught}"
+    best = min(eager, graph or eager)
+    return Line(
+        *(shape.name, len(batches[0].x), routing, contender.name, hit, routes, floor, eager, graph),
+        gb_per_s=hit * shape.expert_bytes / best / 1e3,
+        tflop_per_s=routes * shape.route_flops / best / 1e6,
+        error=error,
+        failure=failure,
+    )
+
+
+def relative_error(op: Op, weights: Weights, batch: Batch) -> float | None:
+    """‖op − exact‖ / ‖exact‖; None for more tokens than it takes a moment for."""
+    if len(batch.x) > _CHECKED_TOKENS:
+        return None
+    expected = exact(weights, batch)
+    return float((op(batch).double() - expected).norm() / expected.norm())
