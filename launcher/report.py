@@ -85,6 +85,8 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             )
             for c in selector["candidates"]
         ]
+        if selector.get("launch"):
+            rows.append(("selector", "launch configurations", selector["launch"]["table"]))
     parity = report["parity"]
     if parity:
         rows += [

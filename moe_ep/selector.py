@@ -29,6 +29,8 @@ class SelectionRecord:
     arch: str
     quant: str
     candidates: tuple[Candidate, ...]
+    launch: dict[str, Any] | None = None
+    """Of the selected backend: the table that its launches are chosen from, and its choices by number of tokens."""
 
     @property
     def selected(self) -> str | None:
@@ -106,7 +108,8 @@ def _examine(
             lines.append(Candidate(name, "selected", f"takes ep_size={spec.ep_size}, tp_size={spec.tp_size}"))
         else:
             lines.append(Candidate(name, "unsupported", reason))
-    return SelectionRecord(arch, quant, tuple(lines)), chosen
+    launch = chosen.launch_configs(spec, arch) if chosen is not None else None
+    return SelectionRecord(arch, quant, tuple(lines), launch), chosen
 
 
 def explain_selection(

@@ -40,6 +40,11 @@ class MoEBackend(ABC):
         """
         return None if cls.supports(spec, quant_config) else f"{cls.__name__}.supports() is False for {spec}"
 
+    @classmethod
+    def launch_configs(cls, spec: MoELayerSpec, arch: str) -> dict[str, Any] | None:
+        """Which launch configurations this rank's layer gets on `arch`, for the selector's record; None without any."""
+        return None
+
     @abstractmethod
     def create_layer_weights(self, layer: nn.Module, *, with_bias: bool = False) -> None:
         """Register empty weights on `layer`, to be filled by the loader."""

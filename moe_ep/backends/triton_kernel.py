@@ -18,8 +18,9 @@ from moe_ep.dispatch import Planner, plan_parts, planner
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.down import combine_kernel, down_kernel
 from moe_ep.kernels.gate_up import gate_up_kernel
-from moe_ep.kernels.launch import Gemm, LaunchConfig, choose
+from moe_ep.kernels.launch import FALLBACK, Gemm, LaunchConfig, choose
 from moe_ep.order import order_in_place
+from moe_ep.spec import MoELayerSpec
 from moe_ep.weights import ExpertWeights
 
 _COMBINE_BLOCK = 1024
@@ -60,7 +61,7 @@ def current_target() -> Target:
     """Of Triton's active driver."""
     if interpreted():
         return Target("hip", "interpreter", 64)
-    target = driver.active.get_currentcurrent_target()
+    target = driver.active.get_current_target()
     return Target(target.backend, f"sm{target.arch}" if target.backend == "cuda" else target.arch, target.warp_size)
 
 
@@ -186,9 +187,11 @@ def _gemms(shape: _Shape, config: LaunchConfig, blocks: int) -> tuple[BoundLaunc
 
 def _gemm(kernel: Any, blocks: int, rows: int, gemm: Gemm, constants: dict[str, Any]) -> BoundLaunch:
     programs = blocks * triton.cdiv(rows, gemm.block_n)
-    return BoundLaunch(
-        kernel, programs, constants, warps=gemm.warps, stages=gemm.stages, pdl=bool(constants.get("PDL"))
-    )
+    # With two waves a SIMD in view the compiler keeps MFMA's sums in vector registers, where they are scaled; else it
+    # puts them in accumulation registers and copies each out, half an operation a weight.
+    options = {"waves_per_eu": 2} if constants.get("CDNA") else {}
+    pdl = bool(constants.get("PDL"))
+    return BoundLaunch(kernel, programs, constants, warps=gemm.warps, stages=gemm.stages, pdl=pdl, **options)
 
 
 def experts(
@@ -267,6 +270,17 @@ class TritonKernelBackend(Mxfp4Backend):
     """Grouped GEMMs in Triton and Gluon on any GPU that Triton compiles for, and in its interpreter on a CPU."""
 
     impl = "triton_kernel"
+
+    @classmethod
+    def launch_configs(cls, spec: MoELayerSpec, arch: str) -> dict[str, Any]:
+        """The table that the launches are chosen from, and what it gives at numbers of tokens by powers of four."""
+        full = arch if arch not in ("gfx94", "cpu") else {"gfx94": "gfx942", "cpu": "interpreter"}[arch]
+        table = tables.find(full)
+        inner, chosen = spec.intermediate_size // spec.tp_size, {}
+        for tokens in (4**n for n in range(8)):
+            config = choose(table, tokens * spec.top_k, spec.num_experts, spec.hidden_size, inner)
+            chosen[str(tokens)] = str(config)
+        return {"table": table.source if table else FALLBACK, "tokens": chosen}
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Put codes and scales in kernel order, in place where K is a multiple of 128."""

@@ -1,6 +1,7 @@
 """The lines of a run on the terminal, as JSON, and as a plot."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +24,11 @@ def row(line: Line) -> str:
     """A line of the table."""
     if line.failure:
         return f"{line.shape:>14} {line.tokens:>14} {line.routing:>14} {line.kernel:>14} failed: {line.failure:.90}"
-    cells = (
-        *(line.shape, line.tokens, line.routing, line.kernel, f"{line.hit:.1f}", f"{line.routes:.1f}"),
-        *(f"{line.floor:.1f}", f"{line.eager:.1f}", "-" if line.graph is None else f"{line.graph:.1f}"),
-        *(f"{line.gb_per_s:.0f}", f"{line.tflop_per_s:.0f}", f"{line.ratio:.2f}"),
-        "-" if line.error is None else f"{line.error:.1e}",
-    )
-    return " ".join(f"{cell!s:>14}" for cell in cells)
+    times = ((line.floor, ".1f"), (line.eager, ".1f"), (line.graph, ".1f"))
+    rates = ((line.gb_per_s, ".0f"), (line.tflop_per_s, ".0f"), (line.ratio, ".2f"), (line.error, ".1e"))
+    numbers = ((line.hit, ".1f"), (line.routes, ".1f"), *times, *rates)
+    shown = ("-" if value is None else format(value, form) for value, form in numbers)
+    return " ".join(f"{cell!s:>14}" for cell in (line.shape, line.tokens, line.routing, line.kernel, *shown))
 
 
 def save(path: Path, header: dict[str, Any], lines: Sequence[Line]) -> None:
@@ -59,7 +58,7 @@ def plot(path: Path, header: dict[str, Any], lines: Sequence[Line]) -> None:
     for axis, (shape, routing) in zip(axes[0], panels, strict=True):
         mine = [line for line in lines if (line.shape, line.routing) == (shape, routing) and not line.failure]
         for kernel in dict.fromkeys(line.kernel for line in mine):
-            points = sorted((line.tokens, line.ratio) for line in mine if line.kernel == kernel)
+            points = sorted((line.tokens, line.ratio or math.nan) for line in mine if line.kernel == kernel)
             axis.plot(*zip(*points, strict=True), marker="o", label=kernel)
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{shape}, {routing}")
         axis.axhline(1, color="grey", linewidth=0.8)

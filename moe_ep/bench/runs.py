@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,17 +34,22 @@ class Line:
     hit: float
     routes: float
     floor: float
-    eager: float
+    eager: float | None
     graph: float | None
-    gb_per_s: float
-    tflop_per_s: float
+    gb_per_s: float | None
+    tflop_per_s: float | None
     error: float | None
     failure: str | None = None
 
     @property
-    def ratio(self) -> float:
+    def best(self) -> float | None:
+        """The faster of the two ways to launch, None where it failed."""
+        return min((us for us in (self.eager, self.graph) if us is not None), default=None)
+
+    @property
+    def ratio(self) -> float | None:
         """The best time over the floor."""
-        return min(self.eager, self.graph or self.eager) / self.floor
+        return None if self.best is None else self.best / self.floor
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -89,7 +94,7 @@ def _time(
     routes = sum(len(ids) for ids in locals_) / len(batches)
     floor = rates.floor_us(batches, shape.held, shape.expert_bytes, shape.route_flops)
     works = [partial(ops[i % len(ops)], batch) for i, batch in enumerate(batches)]
-    eager, graph, error, failure = float("nan"), None, None, None
+    eager = graph = error = failure = None
     try:
         eager = eager_us(works, device)
         if device.type == "cuda" and contender.capturable:
@@ -97,13 +102,16 @@ def _time(
         error = relative_error(ops[0], weights, batches[0]) if contender.checked else None
     except Exception as caught:  # a peer that does not take a shape must not end the others' run
         failure = f"{type(caught).__name__}: {caught}"
-    best = min(eager, graph or eager)
-    return Line(
-        *(shape.name, len(batches[0].x), routing, contender.name, hit, routes, floor, eager, graph),
-        gb_per_s=hit * shape.expert_bytes / best / 1e3,
-        tflop_per_s=routes * shape.route_flops / best / 1e6,
-        error=error,
+    line = Line(
+        *(shape.name, len(batches[0].x), routing, contender.name, hit, routes, floor, eager, graph, None, None, error),
         failure=failure,
+    )
+    if line.best is None:
+        return line
+    return replace(
+        line,
+        gb_per_s=hit * shape.expert_bytes / line.best / 1e3,
+        tflop_per_s=routes * shape.route_flops / line.best / 1e6,
     )
 
 

@@ -21,9 +21,10 @@ class BoundLaunch:
         warps: int = 4,
         stages: int = 3,
         pdl: bool = False,
+        **options: int,
     ) -> None:
         self.kernel, self.programs, self.constants = kernel, programs, constants
-        self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+        self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, **options}
         if pdl:
             self.options["launch_pdl"] = True
         self._compiled: CompiledKernel | None = None

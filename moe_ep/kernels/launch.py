@@ -16,6 +16,10 @@ class Gemm:
     stages: int
     slices: int = 1
 
+    def __str__(self) -> str:
+        sliced = f", K in {self.slices}" if self.slices > 1 else ""
+        return f"{self.block_n} rows / {self.warps} warps / {self.stages} stages{sliced}"
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -25,6 +29,9 @@ class LaunchConfig:
     block_m: int
     gate_up: Gemm
     down: Gemm
+
+    def __str__(self) -> str:
+        return f"{self.kernel}, {self.block_m} routes; gate_up {self.gate_up}; down {self.down}"
 
 
 @dataclass(frozen=True)

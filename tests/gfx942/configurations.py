@@ -50,9 +50,10 @@ def configurations(shape: RankShape) -> dict[str, Resources]:
 
 
 def tile(launch: Launch) -> str:
-    """down_kernel 16×64×128/4/2: the kernel, its block sizes, warps and stages."""
+    """down_kernel 16×64/4/2: the kernel, its block sizes, warps and stages."""
     sizes = [str(v) for name, v in launch.constants.items() if name.startswith("BLOCK_")]
-    return f"{launch.program.name} {'×'.join(sizes)}/{launch.num_warps}/{launch.num_stages}"
+    stages = launch.constants.get("STAGES", launch.num_stages)
+    return f"{launch.program.name} {'×'.join(sizes)}/{launch.num_warps}/{stages}"
 
 
 def _launch(shape: RankShape, tokens: int) -> None:
@@ -126,9 +127,12 @@ def launches(workload: Workload) -> list[Launch]:
 def costs(workload: Workload) -> dict[str, Cost]:
     """The counted cost of each kernel of one op, by its name and tile. The plan and the combine are left out."""
     hit = min(workload.experts, workload.tokens * workload.top_k)
+    per_row = hit * workload.hidden * workload.inner
     weights = {
-        "gate_up_kernel": hit * 2 * workload.inner * workload.hidden,
-        "down_kernel": hit * workload.hidden * workload.inner,
+        "gate_up_kernel": 2 * per_row,
+        "gate_up_stream": 2 * per_row,
+        "down_kernel": per_row,
+        "down_stream": per_row,
     }
     found: dict[str, Cost] = {}
     for launch in launches(workload):

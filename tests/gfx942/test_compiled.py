@@ -12,7 +12,7 @@ from tests.gfx942.configurations import SHAPES, WORKLOADS, RankShape, Workload, 
 from tests.gfx942.cost import COMPUTE_UNITS, Cost, cost, mfma_cycles
 from tests.gfx942.tables import committed, compiled_rows
 
-GEMMS = ("gate_up_kernel", "down_kernel")
+GEMMS = ("gate_up_kernel", "down_kernel", "gate_up_stream", "down_stream")
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
@@ -26,7 +26,7 @@ def gemms(made: dict[str, Resources]) -> dict[str, Resources]:
 
 
 def test_every_block_of_rows_is_chosen_for_some_number_of_tokens(made: dict[str, Resources]) -> None:
-    rows = {re.search(r"kernel (\d+)×", key)[1] for key in gemms(made)}  # type: ignore[index]
+    rows = {re.search(r"(?:kernel|stream) (\d+)×", key)[1] for key in gemms(made)}  # type: ignore[index]
     assert rows == {"16", "32", "64"}
 
 
@@ -88,8 +88,17 @@ def test_a_product_executes_the_matrix_instructions_that_its_shape_takes() -> No
     by_kernel = {key.split()[0]: value for key, value in costs(workload).items()}
     each = 16 * 16 * 16
     gate_up = 2 * 16 * 2 * workload.inner * workload.hidden
-    assert by_kernel["gate_up_kernel"].mfma == gate_up // each
-    assert by_kernel["down_kernel"].mfma == gate_up // 2 // each
+    assert by_kernel["gate_up_stream"].mfma == gate_up // each
+    assert by_kernel["down_stream"].mfma == gate_up // 2 // each
+
+
+@pytest.mark.skipif(triton.__version__ != committed("cost")[0], reason="the table is of another Triton")
+def test_decode_takes_at_most_three_operations_a_weight_so_that_memory_bounds_it() -> None:
+    rows = {key: row for key, row in committed("cost")[1].items() if "decode" in key}
+    assert len(rows) == 6
+    for key, row in rows.items():
+        assert row["valu/weight"] <= 3, key
+        assert row["valu µs"] < row["hbm µs"], key
 
 
 @pytest.mark.parametrize(

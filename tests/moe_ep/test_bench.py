@@ -1,0 +1,144 @@
+"""The benchmark and the tuner, on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_ep import tables
+from moe_ep.bench import report
+from moe_ep.bench.cases import SHAPES, Batch, RankShape, Weights, random_batch
+from moe_ep.bench.clock import Rates
+from moe_ep.bench.contenders import CONTENDERS, Contender
+from moe_ep.bench.peers import Op
+from moe_ep.bench.runs import Line, time_shape
+from moe_ep.bench.tune import families
+
+CPU = torch.device("cpu")
+TINY = SHAPES["tiny"]
+
+
+def test_a_rank_holds_its_share_and_an_expert_takes_its_packed_bytes() -> None:
+    assert SHAPES["pro-ep32"].held == 12
+    assert SHAPES["flash-ep8-i512"].expert_bytes == 3 * 4096 * 512 * 17 / 32
+    assert SHAPES["flash-ep4"].route_flops == 2 * 3 * 4096 * 2048
+
+
+@pytest.mark.parametrize("routing", ["uniform", "zipf", "one"])
+def test_a_token_takes_distinct_experts_and_the_rank_has_work(routing: str) -> None:
+    shape = SHAPES["pro-ep16"]
+    batch = random_batch(shape, 50, routing, CPU, 3)  # type: ignore[arg-type]
+    assert all(len(set(row)) == shape.top_k for row in batch.ids.tolist())
+    assert len(batch.local(shape.held)) > 0
+    assert 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < shape.experts
+
+
+def test_all_to_one_expert_and_zipf_are_as_skewed_as_they_say() -> None:
+    shape = SHAPES["flash-ep4"]
+    one = random_batch(shape, 40, "one", CPU, 0)
+    assert one.local(shape.held).tolist() == [0] * 40
+    counts = Counter(random_batch(shape, 2000, "zipf", CPU, 0).ids.flatten().tolist()).most_common()
+    alike = Counter(random_batch(shape, 2000, "uniform", CPU, 0).ids.flatten().tolist()).most_common()
+    assert counts[0][1] > 5 * counts[40][1]
+    assert alike[0][1] < 3 * alike[-1][1]
+
+
+def test_the_floor_is_the_larger_of_bytes_and_flops() -> None:
+    ids = torch.tensor([[0, 5], [1, 0]], dtype=torch.int32)
+    batch = Batch(torch.zeros(2, 8), ids, torch.ones(2, 2))
+    # Of experts below 3: two hit, three routes.
+    assert Rates(copy=1e6, matmul=1e30).floor_us([batch], 3, 10.0, 7) == 20
+    assert Rates(copy=1e30, matmul=1e6).floor_us([batch], 3, 10.0, 7) == 21
+
+
+def _broken(shape: RankShape, weights: Weights) -> Op:
+    def op(batch: Batch) -> torch.Tensor:
+        raise RuntimeError("does not take this shape")
+
+    return op
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[Line]:
+    contenders = [Contender("broken", _broken), CONTENDERS["reference"]]
+    rates = Rates(copy=1e10, matmul=1e11)
+    return list(time_shape(TINY, [(3, "uniform"), (70, "zipf")], contenders, rates, CPU))
+
+
+def test_every_case_has_a_line_and_what_fails_does_not_end_the_run(lines: list[Line]) -> None:
+    assert [(line.kernel, line.tokens) for line in lines] == [
+        *(("broken", 3), ("broken", 70), ("reference", 3), ("reference", 70)),
+    ]
+    assert lines[0].failure == "RuntimeError: does not take this shape"
+    few, many = lines[2:]
+    assert few.error is not None
+    assert 0 < few.error < 5e-3
+    assert many.error is None, "for many tokens f64 takes too long"
+    assert few.eager is not None
+    assert few.ratio == few.eager / few.floor
+    assert few.gb_per_s == pytest.approx(few.hit * TINY.expert_bytes / few.eager / 1e3)
+    assert (lines[0].eager, lines[0].ratio, lines[0].gb_per_s) == (None, None, None)
+
+
+def test_lines_are_printed_kept_and_drawn(lines: list[Line], tmp_path: Path) -> None:
+    about = {"device": "CPU", "torch": "2", "triton": "3", "date": "today"}
+    assert "failed: RuntimeError" in report.row(lines[0])
+    assert len(report.row(lines[2]).split()) == len(report.heading().split()) == len(report.COLUMNS)
+    report.save(tmp_path / "lines.json", about, lines)
+    assert json.loads((tmp_path / "lines.json").read_text())["lines"][2]["kernel"] == "reference"
+    header, again = report.load(tmp_path / "lines.json")
+    assert header == about
+    assert again == lines
+    report.plot(tmp_path / "lines.png", header, again)
+    assert (tmp_path / "lines.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_peers_that_are_not_installed_are_left_out() -> None:
+    assert not CONTENDERS["marlin"].available
+    assert CONTENDERS["reference"].available
+
+
+@pytest.mark.parametrize(
+    ("arch", "rows", "kernels"),
+    [
+        ("sm90", 0.1, {("stream", 8), ("stream", 16)}),
+        ("sm90", 100.0, {("warpgroup", 32), ("warpgroup", 64), ("warpgroup", 128)}),
+        ("gfx942", 0.1, {("stream", 16), ("tile", 16)}),
+        ("sm75", 40.0, {("tile", 16), ("tile", 32), ("tile", 64), ("tile", 128)}),
+    ],
+)
+def test_the_tuner_tries_what_an_arch_has_and_rows_need(arch: str, rows: float, kernels: set[tuple[str, int]]) -> None:
+    assert {(kernel, block_m) for kernel, block_m, _ in families(arch, rows)} == kernels
+
+
+def _module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+def test_the_tuner_writes_a_table_that_is_then_used(tmp_path: Path) -> None:
+    made = _module("moe_ep.bench.tune", "--shape=tiny", "--tokens=1", "--tokens=4", "--quick", f"--out={tmp_path}")
+    assert made.returncode == 0, made.stderr
+    table = tables.read(tmp_path / "interpreter.yaml")
+    assert [regime.rows for regime in table.regimes] == [0.5, 1e6]  # √(1·4) tokens · 2 of 8 experts
+    assert "measured on a CPU" in table.source
+
+
+def test_the_command_times_and_writes_and_names_what_it_does_not_know(tmp_path: Path) -> None:
+    out = tmp_path / "lines.json"
+    ran = _module("moe_ep.bench", "--shape=tiny", "--tokens=2", "--kernel=triton_kernel", f"--json={out}")
+    assert ran.returncode == 0, ran.stderr
+    header, lines = report.load(out)
+    assert header["device"] == "CPU"
+    assert [line.kernel for line in lines] == ["triton_kernel"]
+    assert lines[0].error is not None
+    assert lines[0].error < 5e-3
+    refused = _module("moe_ep.bench", "--shape=huge")
+    assert refused.returncode == 2
+    assert "--shape huge: there are flash-ep4" in refused.stderr

@@ -1,0 +1,110 @@
+"""Every kernel that a table can name, by itself: what it computes, and what it keeps between calls."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from moe_ep import workspace
+from moe_ep.backends.triton_kernel import using
+from moe_ep.kernels.launch import Gemm, Kernel, LaunchConfig, fit
+from tests.moe_ep.experts import Experts, Tokens, _partial, by_formula, make_experts, make_tokens, relative_error
+from tests.moe_ep.ways import WAYS, Way, call, device_of
+
+HIDDEN, INNER = 512, 384  # 4 and 3 groups: slices and stages that divide one do not divide the other
+EMULATED = [
+    ("stream", 16, Gemm(16, 1, 1)),
+    ("stream", 16, Gemm(64, 4, 2)),
+    ("stream", 16, Gemm(32, 2, 1)),
+    ("stream", 16, Gemm(16, 4, 2, slices=4)),
+    ("tile", 16, Gemm(64, 4, 2)),
+    ("tile", 64, Gemm(32, 4, 2)),
+]
+ON_HOPPER = [
+    *EMULATED,
+    ("stream", 8, Gemm(16, 2, 2, slices=2)),
+    ("stream", 8, Gemm(64, 8, 1, slices=2)),
+    ("stream", 8, Gemm(16, 4, 3, slices=4)),
+    ("tile", 128, Gemm(64, 4, 3)),
+]
+HOPPER_ONLY = [("warpgroup", block_m, Gemm(16 * warps, warps, 4)) for block_m in (32, 64, 128) for warps in (4, 8)]
+
+
+def cases() -> list[Any]:
+    found = [pytest.param("gfx942", *case, id=f"gfx942-{case[0]}-{case[1]}-{case[2]}") for case in EMULATED]
+    if "cuda" in WAYS and torch.cuda.get_device_capability() == (9, 0):
+        found += [
+            pytest.param("cuda", *case, id=f"cuda-{case[0]}-{case[1]}-{case[2]}") for case in ON_HOPPER + HOPPER_ONLY
+        ]
+    return found
+
+
+by_kernel = pytest.mark.parametrize(("way", "kernel", "block_m", "gemm"), cases())
+
+
+def inner_for(kernel: Kernel) -> int:
+    return 512 if kernel == "warpgroup" else INNER  # it takes stages of 3 and more that divide the groups of both
+
+
+def run(config: LaunchConfig, experts: Experts, tokens: Tokens, **options: Any) -> torch.Tensor:
+    with using(config):
+        return _partial(experts, tokens, "triton_kernel", **options)
+
+
+def config_of(kernel: Kernel, block_m: int, gemm: Gemm) -> LaunchConfig:
+    config = fit(LaunchConfig(kernel, block_m, gemm, gemm), HIDDEN, inner_for(kernel))
+    assert config is not None
+    return config
+
+
+@by_kernel
+@pytest.mark.parametrize("limit", [10.0, None])
+def test_it_computes_the_formula_over_several_blocks_and_remote_routes(
+    way: Way, kernel: Kernel, block_m: int, gemm: Gemm, limit: float | None
+) -> None:
+    device = device_of(way)
+    experts = make_experts(4, HIDDEN, inner_for(kernel), device, bias=True)
+    tokens = make_tokens(block_m + 5, HIDDEN, 4, 2, device)
+    tokens.ids[:, 0] = 1  # more than one block of routes, the second not full
+    tokens.ids[:, 1] = torch.where(tokens.ids[:, 1] == 1, 3, tokens.ids[:, 1])
+    expert_map = torch.tensor([0, 1, -1, 2], device=device)
+    held = Experts(*(None if t is None else t[[0, 1, 3]].contiguous() for t in vars(experts).values()))  # type: ignore[arg-type]
+    got = call(way, run, config_of(kernel, block_m, gemm), held, tokens, expert_map=expert_map, limit=limit)
+    remote = Tokens(tokens.x, torch.where(tokens.ids == 2, -1, tokens.ids), tokens.weights)
+    assert relative_error(got, by_formula(experts, remote, limit=limit)) < 5e-3
+
+
+@by_kernel
+def test_a_nan_scale_reaches_the_tokens_of_its_expert_and_no_other(
+    way: Way, kernel: Kernel, block_m: int, gemm: Gemm
+) -> None:
+    device = device_of(way)
+    experts = make_experts(2, HIDDEN, inner_for(kernel), device)
+    experts.w2_scale[1, 37, 2] = 255
+    tokens = make_tokens(6, HIDDEN, 2, 1, device)
+    tokens.ids[:] = torch.tensor([0, 1, 0, 1, 1, 0], device=device)[:, None]
+    got = call(way, run, config_of(kernel, block_m, gemm), experts, tokens)
+    assert got.isnan().nonzero().tolist() == [[1, 37], [3, 37], [4, 37]]
+
+
+@by_kernel
+def test_other_tokens_in_the_same_memory_give_what_they_gave_alone(
+    way: Way, kernel: Kernel, block_m: int, gemm: Gemm
+) -> None:
+    device = device_of(way)
+    experts = make_experts(3, HIDDEN, inner_for(kernel), device)
+    first, second = (make_tokens(9, HIDDEN, 3, 2, device, seed) for seed in range(2))
+    config = config_of(kernel, block_m, gemm)
+    alone = call(way, run, config, experts, first)
+    call(way, run, config, experts, second)
+    assert torch.equal(call(way, run, config, experts, first), alone)
+
+
+def test_memory_of_a_size_is_kept_for_its_stream_and_parts_are_aligned() -> None:
+    cpu = torch.device("cpu")
+    parts = {"a": ((3, 5), torch.int32), "b": ((7,), torch.bfloat16)}
+    once, again, other = (workspace.carve(cpu, stream, parts) for stream in (0, 0, 1))
+    assert [t.data_ptr() for t in once.values()] == [t.data_ptr() for t in again.values()]
+    assert once["a"].data_ptr() != other["a"].data_ptr()
+    assert once["b"].data_ptr() - once["a"].data_ptr() == 256
+    assert (once["a"].shape, once["b"].dtype) == ((3, 5), torch.bfloat16)
