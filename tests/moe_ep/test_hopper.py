@@ -1,0 +1,99 @@
+"""What the compiler makes of the kernels that Hopper's table names, without a Hopper: ptxas comes with Triton."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from moe_ep import tables
+from moe_ep.backends.triton_kernel import Target, _gemms, _Shape
+from moe_ep.bench.cases import SHAPES, RankShape
+from moe_ep.kernels.bound import BoundLaunch
+from moe_ep.kernels.launch import fit
+
+SHARED_BYTES = 227 * 1024  # that a program may have
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+HOPPER = Target("cuda", "sm90", 32)
+POINTERS = {"x": "bf16", "h": "bf16", "w13": "u16", "w2": "u16", "scale": "u32", "bias": "fp32", "weight": "fp32"}
+
+TABLE = tables.find("sm90")
+assert TABLE is not None
+REGIMES = {f"{regime.config.kernel}-{regime.rows:g}": regime.config for regime in TABLE.regimes}
+
+
+def compiled(launch: BoundLaunch) -> Any:
+    """The kernel for sm90, all pointers at multiples of 16."""
+    signature, constants, aligned = {}, {}, {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        if name.endswith("_ptr"):
+            stem = name.removesuffix("_ptr")
+            out = "bf16" if "warpgroup" in launch.kernel.__name__ else "fp32"
+            signature[name] = "*" + (out if stem == "y" else POINTERS.get(stem, "i32"))
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif name in launch.constants:
+            signature[name], constants[name] = "constexpr", launch.constants[name]
+        else:
+            signature[name] = "fp32"
+    source = GluonASTSource(launch.kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
+
+
+def usage(kernel: Any, folder: Path) -> dict[str, int]:
+    """Registers and bytes of a thread's local memory, as ptxas gave them."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    said = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+
+
+def launches(shape: RankShape, regime: str) -> tuple[BoundLaunch, BoundLaunch]:
+    config = fit(REGIMES[regime], shape.hidden, shape.inner)
+    assert config is not None
+    what = _Shape(
+        *(64, shape.hidden, shape.inner, shape.top_k, shape.held, shape.experts),
+        mapped=True,
+        biased=(False, False),
+        limited=True,
+        dtypes=(torch.int32, torch.int32, torch.bfloat16),
+        aligned=(True,),
+        device=torch.device("cpu"),
+        stream=0,
+        target=HOPPER,
+        tables=None,
+        override=None,
+    )
+    return _gemms(what, config, 64)
+
+
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton came without NVIDIA's tools")
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("name", ["pro-ep8", "flash-ep8-i512"])
+def test_every_kernel_of_the_table_fits_a_multiprocessor(name: str, regime: str, tmp_path: Path) -> None:
+    for launch in launches(SHAPES[name], regime):
+        kernel = compiled(launch)
+        used = usage(kernel, tmp_path)
+        assert used["REG"] * 32 * launch.options["num_warps"] <= 65536
+        # The widest tile keeps a few addresses in local memory, 8 of its 400 instructions a step.
+        assert used["STACK"] + used["LOCAL"] <= (256 if launch.constants["BLOCK_M"] == 128 else 0), "spills"
+        assert kernel.metadata.shared <= SHARED_BYTES
+        ptx = kernel.asm["ptx"]
+        assert ("wgmma.mma_async" if "warpgroup" in regime else "mma.sync") in ptx
+        assert "griddepcontrol.wait" in ptx, "it may start before the kernel before it has ended"
+
+
+@pytest.mark.parametrize("regime", [name for name in REGIMES if "stream" in name])
+def test_weights_stream_at_16_bytes_a_lane_past_shared_memory(regime: str) -> None:
+    for launch in launches(SHAPES["pro-ep8"], regime):
+        kernel = compiled(launch)
+        loads = re.findall(r"ld\.global\S*?\.(v4\.b32|v2\.b32|b32|b16)", kernel.asm["ptx"])
+        assert loads.count("v4.b32") > 2 * loads.count("b32") - 16, "what is left are scales, and once the plan"
+        assert not {"v2.b32", "b16"} & set(loads)
+        slices = launch.constants["SLICES"]
+        # Shared memory is for the sums of the slices at the end, and for nothing else.
+        assert (kernel.metadata.shared > 0) == (slices > 1)
