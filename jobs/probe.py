@@ -1,4 +1,4 @@
-"""The probe: env → selector → weights → parity → memory → throughput → done, on every rank."""
+"""The probe: env → selector → weights → parity → memory → throughput → done, on every rank; or env → tune → done."""
 
 import os
 import shutil
@@ -48,6 +48,14 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
         data["hosts"] = _check_hosts(request, rank)
         where = stages.place(request, rank.rank, device)
 
+    if request.kind == "tune":
+        with log.stage("tune") as data:
+            from jobs import tuning
+
+            data |= tuning.run(request, where, folder, lambda line: log.write("progress", **line))
+        _end(log)
+        return
+
     with log.stage("selector") as data:
         record = stages.select(request, where)
         data |= record.as_dict()
@@ -88,6 +96,12 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
             data["sweep"].append(measured.get(batch) or throughput.sweep_one(request, where, layers, batch))
             log.write("progress", done=i, total=len(request.batch_sizes), latest=data["sweep"][-1])
         data["device_peak"] = environment.peak(device)
+
+    _end(log)
+
+
+def _end(log: EventLog) -> None:
+    import torch.distributed as dist
 
     with log.stage("done"):
         dist.barrier()

@@ -1,9 +1,9 @@
-"""What the launcher asks of a probe, as the file that every rank reads. Needs no torch."""
+"""What the launcher asks of the ranks, as the file that every rank reads. Needs no torch."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe_ep.shape import ModelShape
 
@@ -12,7 +12,7 @@ REQUEST = "request.json"
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """One probe. Rank r stands at place r % ep of EP group r // ep."""
+    """One probe, or one tuning. Rank r stands at place r % ep of EP group r // ep."""
 
     seed: int
     nodes: int
@@ -33,6 +33,9 @@ class ProbeRequest:
     batch_sizes: tuple[int, ...]
     warmup: int
     repeats: int
+    kind: Literal["probe", "tune"]
+    tune_tokens: tuple[int, ...]
+    tune_quick: bool
     rank_timeout_s: int
     """Seconds after which a collective, or waiting for another rank, is an error."""
     scratch: str | None
@@ -52,6 +55,6 @@ class ProbeRequest:
         """Read it back."""
         fields: dict[str, Any] = json.loads((run_dir / REQUEST).read_text())
         fields["shape"] = ModelShape(**fields["shape"])
-        for name in ("layers", "parity_layers", "batch_sizes"):
+        for name in ("layers", "parity_layers", "batch_sizes", "tune_tokens"):
             fields[name] = tuple(fields[name])
         return cls(**fields)

@@ -67,6 +67,9 @@ class Plan:
             batch_sizes=tuple(config.job.throughput.batch_sizes),
             warmup=config.job.throughput.warmup,
             repeats=config.job.throughput.repeats,
+            kind=config.job.kind,
+            tune_tokens=tuple(config.job.tune.tokens),
+            tune_quick=config.job.tune.quick,
             rank_timeout_s=config.limits.rank_timeout_s,
             scratch=self.scratch,
         )

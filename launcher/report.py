@@ -52,6 +52,7 @@ def build(run_dir: Path, state: str | None = None) -> dict[str, Any]:
         "submissions": [asdict(s) for s in submissions(run_dir)],
         "failure": _failure(run_dir, outcome, plan, events),
         "selector": _selector(stages),
+        "tune": next(iter(_results(stages, "tune", "table").values()), None),
         "parity": next(iter(_results(stages, "parity", "layers").values()), None),
         "memory": [{"rank": r, **data} for r, data in _results(stages, "memory", "measured_total").items()],
         "throughput": _sweep(everything),
@@ -87,6 +88,12 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         ]
         if selector.get("launch"):
             rows.append(("selector", "launch configurations", selector["launch"]["table"]))
+    if report["tune"]:
+        rows.append(("tune", "table", f"{report['tune']['table']}: {report['tune']['source']}"))
+        rows += [
+            ("tune", f"up to {line['rows']:g} rows an expert" if line["rows"] < 1e6 else "more", line["config"])
+            for line in report["tune"]["regimes"]
+        ]
     parity = report["parity"]
     if parity:
         rows += [

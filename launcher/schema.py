@@ -141,13 +141,29 @@ class Throughput(_Section):
     repeats: int = Field(default=20, ge=1, le=10**6)
 
 
-class Job(_Section):
-    """What the ranks do."""
+class Tune(_Section):
+    """Of a tune job: the tokens that a rank sees, one regime of the table each; quick tries a third of the tiles."""
 
-    kind: Literal["probe"] = "probe"
+    tokens: list[Annotated[int, Field(ge=1, le=MOST_TOKENS)]] = Field(
+        default=[1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192], min_length=1
+    )
+    quick: bool = False
+
+    @model_validator(mode="after")
+    def _they_rise(self) -> Self:
+        if self.tokens != sorted(set(self.tokens)):
+            raise ValueError(f"tokens is {self.tokens}; they must rise")
+        return self
+
+
+class Job(_Section):
+    """What the ranks do: probe the model, or tune the experts' launch configurations on the cluster's devices."""
+
+    kind: Literal["probe", "tune"] = "probe"
     layers: Literal["all"] | list[int] = "all"
     parity: Parity = Parity()
     throughput: Throughput = Throughput()
+    tune: Tune = Tune()
 
 
 class Limits(_Section):

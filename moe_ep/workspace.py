@@ -1,7 +1,6 @@
 """Memory that is kept between calls, so that after the first call of a size nothing is allocated."""
 
 import math
-
 from collections.abc import Mapping
 
 import torch

@@ -16,6 +16,7 @@ import pytest
 
 from launcher.config import load
 from launcher.plan import make_plan
+from moe_ep import tables
 from moe_ep.synthetic import write_checkpoint
 from tests.checkout import ROOT, importable
 
@@ -42,6 +43,22 @@ def only_run(cwd: Path) -> Path:
 def read_report(cwd: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((only_run(cwd) / "report.json").read_text())
     return result
+
+
+def test_a_tune_job_leaves_a_table_of_what_its_ranks_measured(tmp_path: Path) -> None:
+    topology = "topology={nodes: 1, ranks_per_node: 2, tp: 2, ep: 2}"
+    tokens = "job.tune={tokens: [1, 4, 9], quick: true}"
+    done = run(tmp_path, "--set", topology, "--set", "job.kind=tune", "--set", tokens)
+    assert done.returncode == 0, done.stderr
+    report = read_report(tmp_path)
+    assert [list(rank["stages"]) for rank in report["ranks"]] == [["env", "tune", "done"]] * 2
+    path = Path(report["tune"]["table"])
+    assert path == only_run(tmp_path) / "tables" / "interpreter.yaml"
+    table = tables.read(path)
+    assert [str(regime.config) for regime in table.regimes] == [line["config"] for line in report["tune"]["regimes"]]
+    # 16 experts, top-6: a regime ends at the geometric mean of its tokens' rows and the next one's.
+    assert [regime.rows for regime in table.regimes] == [0.75, 2.25, 1e6]
+    assert "measured on a CPU" in done.stdout
 
 
 def test_one_command_goes_from_a_yaml_to_a_report(tmp_path: Path) -> None:

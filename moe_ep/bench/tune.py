@@ -6,7 +6,7 @@ a regime for each number of tokens; between two of them lies the geometric mean 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -64,23 +64,44 @@ def families(arch: str, rows: float) -> Iterator[tuple[Kernel, int, tuple[Gemm, 
         yield from (("tile", block_m, _TILE) for block_m in (16, 32, 64, 128) if suits(block_m))
 
 
-def tune(shape: RankShape, tokens: Sequence[int], device: torch.device, quick: bool) -> Iterator[Regime]:
-    """A regime for each number of tokens, as it is measured. `quick` tries a third of the tiles."""
+def measure(shape: RankShape, tokens: Sequence[int], device: torch.device, quick: bool) -> Iterator[tuple[int, Timed]]:
+    """The fastest configuration for each number of tokens, as it is found. `quick` tries a third of the tiles.
+
+    Raises
+    ------
+    RuntimeError
+        If no candidate runs for some number of tokens.
+    """
     weights = random_weights(shape, device, 0)
     op = CONTENDERS[OURS].prepare(shape, weights)
     arch = current_target().arch
-    for count, following in zip(tokens, [*tokens[1:], None], strict=True):
-        rows = count * shape.top_k / shape.experts
+    for count in tokens:
         best: Timed | None = None
-        for kernel, block_m, gemms in families(arch, rows):
+        for kernel, block_m, gemms in families(arch, count * shape.top_k / shape.experts):
             for timed in _family(shape, count, device, op, weights, kernel, block_m, gemms[1::3] if quick else gemms):
                 print(f"{count:>6} tokens {timed.us:>10.1f} µs  {timed.config}", flush=True)
                 if best is None or timed.us < best.us:
                     best = timed
         if best is None:
             raise RuntimeError(f"no candidate ran for {count} tokens of {shape.name} on {arch}")
-        bound = 1e6 if following is None else math.sqrt(count * following) * shape.top_k / shape.experts
-        yield Regime(float(f"{bound:.3g}"), best.config)
+        yield count, best
+
+
+def table_of(shape: RankShape, found: Mapping[int, LaunchConfig], where: str) -> Table:
+    """The table of this device's arch: a regime for each number of tokens, up to the geometric mean with the next."""
+    tokens = sorted(found)
+    regimes = []
+    for count, following in zip(tokens, [*tokens[1:], None], strict=True):
+        rows = 1e6 if following is None else math.sqrt(count * following) * shape.top_k / shape.experts
+        regimes.append(Regime(float(f"{rows:.3g}"), found[count]))
+    return Table(current_target().arch, where, tuple(regimes))
+
+
+def source(device: torch.device, what: str) -> str:
+    """Where, on what and when a table was measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    return f"measured on {name}, {what}, {versions}, {datetime.now(UTC):%Y-%m-%d}"
 
 
 def _family(
@@ -93,7 +114,8 @@ def _family(
     block_m: int,
     gemms: Sequence[Gemm],
 ) -> Iterator[Timed]:
-    batches = [random_batch(shape, tokens, "uniform", device, seed) for seed in range(4 if tokens > 256 else 8)]
+    few = 1 if device.type == "cpu" else 4 if tokens > 256 else 8
+    batches = [random_batch(shape, tokens, "uniform", device, seed) for seed in range(few)]
     works = [partial(op, batch) for batch in batches]
 
     def timed(config: LaunchConfig) -> Timed | None:
@@ -135,15 +157,13 @@ def main(
     if shape not in SHAPES:
         raise typer.BadParameter(f"--shape {shape}: there are {', '.join(SHAPES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    source = f"measured on {name}, {shape}, {versions}, {datetime.now(UTC):%Y-%m-%d}"
-    arch, regimes = current_target().arch, []
     out.mkdir(parents=True, exist_ok=True)
-    for regime in tune(SHAPES[shape], sorted(tokens), device, quick):
-        regimes.append(regime)
-        tables.write(out / f"{arch}.yaml", Table(arch, source, tuple(regimes)))
-    print(f"{out / arch}.yaml: {len(regimes)} regimes")
+    found: dict[int, LaunchConfig] = {}
+    path = out / f"{current_target().arch}.yaml"
+    for count, timed in measure(SHAPES[shape], sorted(set(tokens)), device, quick):
+        found[count] = timed.config
+        tables.write(path, table_of(SHAPES[shape], found, source(device, shape)))
+    print(f"{path}: {len(found)} regimes")
 
 
 if __name__ == "__main__":

@@ -79,8 +79,9 @@ def test_every_kernel_of_the_table_fits_a_multiprocessor(name: str, regime: str,
         kernel = compiled(launch)
         used = usage(kernel, tmp_path)
         assert used["REG"] * 32 * launch.options["num_warps"] <= 65536
-        # The widest tile keeps a few addresses in local memory, 8 of its 400 instructions a step.
-        assert used["STACK"] + used["LOCAL"] <= (256 if launch.constants["BLOCK_M"] == 128 else 0), "spills"
+        # The warpgroup kernels' accumulators and addresses pass 255 registers by some, of which the steps reload few.
+        spilled = used["STACK"] + used["LOCAL"]
+        assert spilled <= (512 if "warpgroup" in regime else 0), f"{spilled} bytes a thread"
         assert kernel.metadata.shared <= SHARED_BYTES
         ptx = kernel.asm["ptx"]
         assert ("wgmma.mma_async" if "warpgroup" in regime else "mma.sync") in ptx
