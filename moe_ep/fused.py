@@ -57,12 +57,15 @@ def fused_moe_mxfp4(
         it is copied there at each call
     swiglu_limit: the clamp, None for none
     activation_dtype: "bf16"
-    weight_order: "checkpoint" as above, or "kernel" (`moe_ep.order`), which the kernels read; from "checkpoint" they
-        make a copy at each call, so for more than a try bring weights into kernel order once, as the backend does
+    weight_order: "checkpoint" as above, or "kernel" (`moe_ep.order`), in which codes and scales are other bytes, of the
+        same shape where K is a multiple of 128; from "checkpoint" the kernels make a copy at each call, so for more
+        than a try bring weights into kernel order once, as the backend does
     impl: "triton_kernel", "reference", or "auto": the kernels where they run, else the reference
     out_dtype: of the result; None for that of hidden_states
-    out: where to write it, contiguous [M, H] on the tokens' device; None for a new tensor. With it the kernels allocate
-        nothing after the first call of a shape
+    out: where to write it, contiguous [M, H] on the tokens' device; None for a new tensor. With it, weights in kernel
+        order, and inputs that are contiguous and f32 where floats are asked for, a stream's calls allocate nothing
+        after the first of a shape. What lies between the kernels is kept by stream (`moe_ep.workspace`): a CUDA graph
+        must not be replayed beside other calls, or another graph, of the stream that it was captured on
 
     Returns
     -------

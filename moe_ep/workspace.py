@@ -14,8 +14,9 @@ def carve(
 ) -> dict[str, Tensor]:
     """Named tensors of the given shapes and dtypes in the memory kept for this device and stream, uninitialised.
 
-    What is carved for one call is overwritten by the next on the same stream. CUDA graphs that are captured keep
-    what they were given: two that may be replayed at once must be captured on streams of their own.
+    What is carved for one call is overwritten by the next on the same stream. CUDA graphs that are captured keep what
+    they were given: one that may be replayed beside other calls or graphs must be captured on a stream of its own
+    (`torch.cuda.graph` captures all on one unless it is given others).
     """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in parts.items()}
     spans = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values()]

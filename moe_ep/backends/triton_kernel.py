@@ -1,7 +1,7 @@
 """The experts as Triton and Gluon kernels: plan the routes, two grouped GEMMs, combine."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,7 +18,7 @@ from moe_ep.dispatch import Planner, plan_parts, planner
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.down import combine_kernel, down_kernel
 from moe_ep.kernels.gate_up import gate_up_kernel
-from moe_ep.kernels.launch import FALLBACK, Gemm, LaunchConfig, choose
+from moe_ep.kernels.launch import FALLBACK, Gemm, LaunchConfig, choose, tile
 from moe_ep.order import order_in_place
 from moe_ep.spec import MoELayerSpec
 from moe_ep.weights import ExpertWeights
@@ -99,6 +99,8 @@ class _Shape:
     limited: bool
     dtypes: tuple[torch.dtype, ...]
     aligned: tuple[bool, ...]
+    copied: bool
+    """Whether activations and codes lie at multiples of 16 bytes, which asynchronous copies take."""
     device: torch.device
     stream: int
     target: Target
@@ -118,18 +120,27 @@ class _Op:
     y: Tensor
 
 
-@lru_cache(maxsize=_KEPT_SHAPES)
-def _op(shape: _Shape) -> _Op:
+def _config(shape: _Shape) -> LaunchConfig:
     routes = shape.tokens * shape.top_k
     config = shape.override or launch_config(routes, shape.known, shape.hidden, shape.inner, shape.target)
+    if config.kernel == "warpgroup" and not shape.copied:
+        return tile(routes / shape.known, shape.target.warp_size)
+    return config
+
+
+@lru_cache(maxsize=_KEPT_SHAPES)
+def _op(shape: _Shape) -> _Op:
+    routes, config = shape.tokens * shape.top_k, _config(shape)
     raw = config.kernel == "warpgroup"
+    # For many routes the sums of a token's routes are of bf16, as the engines' are, unless more is asked for.
+    y_dtype = torch.bfloat16 if raw and shape.dtypes[2] != torch.float32 else torch.float32
     parts = workspace.carve(
         shape.device,
         shape.stream,
         {
             **plan_parts(shape.tokens, shape.hidden, shape.top_k, shape.local, config.block_m, shifts=not raw),
             "h": ((routes, shape.inner), torch.bfloat16),
-            "y": ((routes, shape.hidden), torch.bfloat16 if raw else torch.float32),
+            "y": ((routes, shape.hidden), y_dtype),
         },
     )
     pdl = shape.target.pdl
@@ -213,6 +224,20 @@ def experts(
             "moe_ep's kernels are imported (Triton's interpreter), or use impl 'reference'"
         )
     weights = weights.in_kernel_order()
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else nullcontext():  # Triton launches where torch is
+        _launch(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, out)
+
+
+def _launch(
+    x: Tensor,
+    weights: ExpertWeights,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    topk_weights: Tensor,
+    swiglu_limit: float | None,
+    out: Tensor,
+) -> None:
     op = _op(_shape(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, out))
     op.plan(x, topk_ids, expert_map)
     plan = op.plan.plan
@@ -258,6 +283,7 @@ def _shape(
         limited=swiglu_limit is not None,
         dtypes=(topk_ids.dtype, mapped.dtype, out.dtype),
         aligned=tuple(t.data_ptr() % 16 == 0 for t in tensors),
+        copied=all(t.data_ptr() % 16 == 0 for t in (x, weights.w13, weights.w2)),
         device=x.device,
         stream=driver.active.get_current_stream(x.device.index) if x.is_cuda else 0,
         target=current_target(),
@@ -274,11 +300,12 @@ class TritonKernelBackend(Mxfp4Backend):
     @classmethod
     def launch_configs(cls, spec: MoELayerSpec, arch: str) -> dict[str, Any]:
         """The table that the launches are chosen from, and what it gives at numbers of tokens by powers of four."""
-        full = arch if arch not in ("gfx94", "cpu") else {"gfx94": "gfx942", "cpu": "interpreter"}[arch]
-        table = tables.find(full)
+        # tokenspeed's names of archs drop the stepping, tables have it.
+        full = {"gfx94": "gfx942", "gfx95": "gfx950", "gfx90": "gfx90a", "cpu": "interpreter"}.get(arch, arch)
+        table, warp_size = tables.find(full), 32 if arch.startswith("sm") else 64
         inner, chosen = spec.intermediate_size // spec.tp_size, {}
         for tokens in (4**n for n in range(8)):
-            config = choose(table, tokens * spec.top_k, spec.num_experts, spec.hidden_size, inner)
+            config = choose(table, tokens * spec.top_k, spec.num_experts, spec.hidden_size, inner, warp_size)
             chosen[str(tokens)] = str(config)
         return {"table": table.source if table else FALLBACK, "tokens": chosen}
 

@@ -72,14 +72,15 @@ def choose(
 ) -> LaunchConfig:
     """The configuration for `routes` = M·k routes over all `num_experts` experts of the model, this rank's among them.
 
-    The first regime of the table that holds them, the last beyond that, made to fit H and this rank's I; the
-    fallback where it cannot, or where there is no table.
+    The first regime of the table that holds them, the last beyond that, made to fit H and this rank's I; where it
+    cannot, the next one for fewer rows that can; the fallback where none can, or where there is no table.
     """
     rows = routes / num_experts
     if table is not None:
-        regime = next((r for r in table.regimes if rows <= r.rows), table.regimes[-1])
-        if fitted := fit(regime.config, hidden, inner):
-            return fitted
+        fewer = sum(rows > regime.rows for regime in table.regimes)
+        for regime in reversed(table.regimes[: fewer + 1]):
+            if fitted := fit(regime.config, hidden, inner):
+                return fitted
     return tile(rows, warp_size)
 
 

@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def local_row(ids_ptr, map_ptr, route, mask, known, LOCAL: tl.constexpr, HAS_MAP: tl.constexpr):
     """The local row of each route's expert, −1 where this rank has none. `known` is how many experts there are."""
     wide = tl.load(ids_ptr + route, mask=mask, other=-1)
-    exists = (wide >= 0) & (wide < known)
+    exists = mask & (wide >= 0) & (wide < known)  # of unsigned ids, what is not loaded looks like one
     # A negative id must not wrap to the last entry of the map, nor one of 64 bits to another expert's.
     expert = tl.where(exists, wide, 0).to(tl.int32)
     row = tl.load(map_ptr + expert, mask=exists, other=-1).to(tl.int32) if HAS_MAP else expert

@@ -228,6 +228,7 @@ def down_stream(
     # Layout: one program makes a [2·BLOCK_N, BLOCK_M] tile of yᵀ, in two halves like gate and up, and scatters it to
     # the rows of its routes: every route has a row of its own, so no atomics are needed.
     # The trick: the routes were planned before the kernel before this one began, so weights are fetched before it ends.
+    # The plan is read past the first-level cache, which may hold the last op's.
     n_tiles: gl.constexpr = HIDDEN // (2 * BLOCK_N)
     groups: gl.constexpr = INTER // 128
     steps: gl.constexpr = groups // SLICES
@@ -236,15 +237,17 @@ def down_stream(
     # From 16 rows on it is no more to scale the weights than the sums. CDNA has no packed bf16 product.
     scaled: gl.constexpr = BLOCK_M >= 16 and not CDNA
     block = gl.program_id(0) // n_tiles
-    expert = gl.load(block_expert_ptr + block)
+    expert = gl.load(block_expert_ptr + block, cache_modifier=".cg")
     if expert < 0:
+        if PDL:  # else this kernel could end before the one before it, which those after it count on
+            gdc_wait()
         return
     n_first = gl.program_id(0) % n_tiles * (2 * BLOCK_N)
     row = expert.to(gl.int64) * HIDDEN + n_first
     words, fields = _weight_pointers(w2_ptr, scale_ptr, row, groups, steps, SLICES, BLOCK_N, mma, scaled)
 
-    start = gl.load(block_start_ptr + block)
-    end = gl.load(block_end_ptr + block)
+    start = gl.load(block_start_ptr + block, cache_modifier=".cg")
+    end = gl.load(block_end_ptr + block, cache_modifier=".cg")
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     position = _positions(start, end, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(1, right)))
     rows = _row_pointers(h_ptr, position, INTER, steps, SLICES, mma)

@@ -94,8 +94,8 @@ def _gemms(
             first, second = warpgroup_mma_wait(4, deps=(first, second))
             first_fields = next_first
             second_fields = next_second
-    async_copy.wait_group(0)
     first, second = warpgroup_mma_wait(0, deps=(first, second))
+    async_copy.wait_group(0)
     return first * 18446744073709551616.0, second * 18446744073709551616.0  # 2^64
 
 
@@ -164,8 +164,8 @@ def _down_tile(
     weight = gl.load(weight_ptr + route, mask=m < end, other=0.0)[None, :]
     y_rows = y_ptr + route.to(gl.int64)[None, :] * HIDDEN + (n_first + n)[:, None]
     mask = (m < end)[None, :]
-    gl.store(y_rows, (low * weight).to(gl.bfloat16), mask=mask)
-    gl.store(y_rows + BLOCK_N, (high * weight).to(gl.bfloat16), mask=mask)
+    gl.store(y_rows, (low * weight).to(y_ptr.dtype.element_ty), mask=mask)
+    gl.store(y_rows + BLOCK_N, (high * weight).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
@@ -219,7 +219,7 @@ def down_warpgroup(
     scale_ptr,  # uint32 [L, HIDDEN, INTER/128]: exponent fields
     bias_ptr,  # f32 [L, HIDDEN], read if HAS_BIAS
     weight_ptr,  # f32 [M·TOP_K]: routing weights
-    y_ptr,  # out: bf16 [M·TOP_K, HIDDEN], row = route; rows of remote routes are not written
+    y_ptr,  # out: bf16 or f32 [M·TOP_K, HIDDEN], row = route; rows of remote routes are not written
     route_ptr,  # int32 [routes]
     block_expert_ptr,  # int32 [blocks]
     block_start_ptr,  # int32 [blocks]

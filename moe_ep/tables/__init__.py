@@ -50,8 +50,12 @@ class _Regime(BaseModel):
                 raise ValueError(f"{name}: slices={gemm.slices}, but only the stream kernel slices K")
             if self.kernel == "stream" and gemm.block_n % (16 * (gemm.warps // gemm.slices)):
                 raise ValueError(f"{name}: block_n={gemm.block_n} must be a multiple of 16 for each warp of a slice")
-            if self.kernel == "warpgroup" and (gemm.block_n != 16 * gemm.warps or gemm.stages < 3 or gemm.warps < 4):
+            if self.kernel == "warpgroup" and (
+                gemm.block_n != 16 * gemm.warps or gemm.stages < 3 or gemm.warps not in (4, 8)
+            ):
                 raise ValueError(f"{name}: a warpgroup kernel has 4 or 8 warps, block_n = 16 · warps and stages >= 3")
+        if self.kernel == "warpgroup" and self.block_m < 32:
+            raise ValueError(f"block_m={self.block_m}: the warpgroup kernel takes 32 and more")
         if self.kernel == "tile" and self.block_m < 16:
             raise ValueError(f"block_m={self.block_m}: the tile kernel takes 16 and more")
         return self
@@ -68,6 +72,15 @@ class _Table(BaseModel):
         rows = [regime.rows for regime in self.regimes]
         if rows != sorted(set(rows)):
             raise ValueError(f"the regimes' rows are {rows}; they must rise")
+        return self
+
+    @model_validator(mode="after")
+    def _the_arch_has_the_kernels(self) -> "_Table":
+        for regime in self.regimes:
+            if regime.kernel == "warpgroup" and self.arch != "sm90":
+                raise ValueError(f"rows {regime.rows}: the warpgroup kernel is for sm90, not {self.arch}")
+            if regime.kernel == "stream" and regime.block_m < 16 and not self.arch.startswith("sm"):
+                raise ValueError(f"rows {regime.rows}: block_m={regime.block_m}, but {self.arch} takes 16 and more")
         return self
 
 

@@ -78,7 +78,8 @@ def test_every_case_has_a_line_and_what_fails_does_not_end_the_run(lines: list[L
     few, many = lines[2:]
     assert few.error is not None
     assert 0 < few.error < 5e-3
-    assert many.error is None, "for many tokens f64 takes too long"
+    assert many.error is not None, "of many tokens some are compared"
+    assert 0 < many.error < 5e-3
     assert few.eager is not None
     assert few.ratio == few.eager / few.floor
     assert few.gb_per_s == pytest.approx(few.hit * TINY.expert_bytes / few.eager / 1e3)

@@ -83,6 +83,16 @@ def test_a_map_names_the_rows_and_ids_outside_it_have_none(way: Way) -> None:
 
 
 @by_way
+def test_unsigned_ids_of_many_experts_have_no_padding_that_looks_like_an_expert(way: Way) -> None:
+    device = device_of(way)
+    ids = torch.tensor([[255], [3], [255]], dtype=torch.uint8, device=device)
+    mapped = torch.full((256,), -1, dtype=torch.int32, device=device)
+    mapped[255] = 0
+    plan, _ = call(way, _plan, torch.zeros(3, 64, dtype=torch.bfloat16, device=device), ids, mapped, 1, 16)
+    check(plan, [0, -1, 0], 16)
+
+
+@by_way
 def test_more_routes_than_a_step_and_more_blocks_than_a_step(way: Way) -> None:
     ids = torch.randint(0, 5, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
     plan, _ = plan_of(way, ids, 4, 1)

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from moe_ep import tables
-from moe_ep.backends.triton_kernel import Target, _gemms, _Shape
+from moe_ep.backends.triton_kernel import Target, _config, _gemms, _Shape
 from moe_ep.bench.cases import SHAPES, RankShape
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.launch import fit
@@ -52,23 +53,27 @@ def usage(kernel: Any, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
 
 
-def launches(shape: RankShape, regime: str) -> tuple[BoundLaunch, BoundLaunch]:
-    config = fit(REGIMES[regime], shape.hidden, shape.inner)
-    assert config is not None
-    what = _Shape(
-        *(64, shape.hidden, shape.inner, shape.top_k, shape.held, shape.experts),
+def _shape(shape: RankShape, tokens: int) -> _Shape:
+    return _Shape(
+        *(tokens, shape.hidden, shape.inner, shape.top_k, shape.held, shape.experts),
         mapped=True,
         biased=(False, False),
         limited=True,
         dtypes=(torch.int32, torch.int32, torch.bfloat16),
         aligned=(True,),
+        copied=True,
         device=torch.device("cpu"),
         stream=0,
         target=HOPPER,
         tables=None,
         override=None,
     )
-    return _gemms(what, config, 64)
+
+
+def launches(shape: RankShape, regime: str) -> tuple[BoundLaunch, BoundLaunch]:
+    config = fit(REGIMES[regime], shape.hidden, shape.inner)
+    assert config is not None
+    return _gemms(_shape(shape, 64), config, 64)
 
 
 @pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton came without NVIDIA's tools")
@@ -98,3 +103,11 @@ def test_weights_stream_at_16_bytes_a_lane_past_shared_memory(regime: str) -> No
         slices = launch.constants["SLICES"]
         # Shared memory is for the sums of the slices at the end, and for nothing else.
         assert (kernel.metadata.shared > 0) == (slices > 1)
+
+
+def test_what_asynchronous_copies_cannot_take_goes_to_the_tile_kernel() -> None:
+    shape = SHAPES["pro-ep8"]
+    what = _shape(shape, tokens=8192)
+    assert _config(what).kernel == "warpgroup"
+    assert _config(replace(what, copied=False)).kernel == "tile"
+    assert _config(replace(what, tokens=8, copied=False)).kernel == "stream", "plain loads take any address"
