@@ -11,7 +11,7 @@ from moe_ep.kernels.plan import count_kernel, place_kernel
 
 _SHIFT_BLOCK = 4096  # elements of x a program
 _TILE = 256  # the most routes a program places
-_PAIRS = 8192  # the most pairs of a route and an expert that a program compares at once
+_PAIRS = 4096  # the most pairs of a route and an expert that a program compares at once
 _WRITTEN = 64  # blocks a program
 _ALONE_TILES = 2  # up to these, counting them in every program is faster than one launch more
 _WARPS = 8

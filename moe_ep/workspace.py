@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 256  # bytes; parts at multiples of 16 and more never have the kernels compiled anew
+_BY_32_BITS = 2**31 - 1
 
 
 def carve(
@@ -18,26 +18,26 @@ def carve(
     they were given: one that may be replayed beside other calls or graphs must be captured on a stream of its own
     (`torch.cuda.graph` captures all on one unless it is given others).
     """
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in parts.items()}
-    spans = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes.values()]
-    pieces = _memory(device, stream, sum(spans))[: sum(spans)].split(spans)
     return {
-        name: piece[: sizes[name]].view(dtype).view(shape)
-        for piece, (name, (shape, dtype)) in zip(pieces, parts.items(), strict=True)
+        name: _memory(device, stream, name, math.prod(shape) * dtype.itemsize)[: math.prod(shape) * dtype.itemsize]
+        .view(dtype)
+        .view(shape)
+        for name, (shape, dtype) in parts.items()
     }
 
 
-_kept: dict[tuple[torch.device, int], list[Tensor]] = {}
+_kept: dict[tuple[torch.device, int, str], list[Tensor]] = {}
 
 
-def _memory(device: torch.device, stream: int, size: int) -> Tensor:
-    """The largest piece that is kept, or a new one where that is too small.
+def _memory(device: torch.device, stream: int, name: str, size: int) -> Tensor:
+    """The largest piece that is kept of a part, or a new one where that is too small.
 
-    A piece is never given back, since a captured graph may hold its addresses; each is twice the last at least, so that
-    together they are at most four times what the largest op takes, and just that where it came first.
+    A piece is never given back, since a captured graph may hold its addresses; each is twice the last if it can be, so
+    that together they are at most four times what the largest op takes, and just that where it came first. No piece
+    passes 2 GiB for that alone: up to there Triton addresses AMD's memory by 32 bits.
     """
-    pieces = _kept.setdefault((device, stream), [])
+    pieces = _kept.setdefault((device, stream, name), [])
     if not pieces or pieces[-1].numel() < size:
-        largest = pieces[-1].numel() if pieces else 0
-        pieces.append(torch.empty(max(size, 2 * largest), dtype=torch.uint8, device=device))
+        twice = 2 * pieces[-1].numel() if pieces else 1
+        pieces.append(torch.empty(max(size, min(twice, _BY_32_BITS)), dtype=torch.uint8, device=device))
     return pieces[-1]
