@@ -17,6 +17,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_ep.kernels.fragments import decode_scaled, swiglu
 
+# Triton 3.9 has another name for it.
+_copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
 
 @gluon.jit
 def _buffers(STAGES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr):
@@ -38,9 +41,9 @@ def _buffers(STAGES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_M: gl.constexpr)
 
 @gluon.jit
 def _fetch(buffers, x_rows, words_ptr, FAR: gl.constexpr, group):
-    async_copy.async_copy_global_to_shared(buffers[0], x_rows + group * 128)
-    async_copy.async_copy_global_to_shared(buffers[1], words_ptr + group * 512)
-    async_copy.async_copy_global_to_shared(buffers[2], words_ptr + FAR * 32 + group * 512)
+    _copy(buffers[0], x_rows + group * 128)
+    _copy(buffers[1], words_ptr + group * 512)
+    _copy(buffers[2], words_ptr + FAR * 32 + group * 512)
     async_copy.commit_group()
 
 

@@ -98,7 +98,7 @@ def test_weights_stream_at_16_bytes_a_lane_past_shared_memory(regime: str) -> No
     for launch in launches(SHAPES["pro-ep8"], regime):
         kernel = compiled(launch)
         loads = re.findall(r"ld\.global\S*?\.(v4\.b32|v2\.b32|b32|b16)", kernel.asm["ptx"])
-        assert loads.count("v4.b32") > 2 * loads.count("b32") - 16, "what is left are scales, and once the plan"
+        assert loads.count("v4.b32") > loads.count("b32"), "what is left are scales, and once the plan"
         assert not {"v2.b32", "b16"} & set(loads)
         slices = launch.constants["SLICES"]
         # Shared memory is for the sums of the slices at the end, and for nothing else.
