@@ -10,7 +10,7 @@ from jobs.request import ProbeRequest
 from jobs.stages import Place
 from moe_ep import tables
 from moe_ep.bench.cases import RankShape
-from moe_ep.bench.tune import measure, source, table_of
+from moe_ep.bench.tuner import measure, source, table_of
 from moe_ep.kernels.launch import LaunchConfig
 
 TABLES = "tables"

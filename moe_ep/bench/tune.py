@@ -1,148 +1,16 @@
-"""python -m moe_ep.bench.tune: measure launch configurations on this device and write its table.
+"""python -m moe_ep.bench.tune: measure launch configurations on this device and write its table."""
 
-For each number of tokens the rank's op is timed with every kernel and block of routes that suit its rows an expert:
-first with each tile for both projections, then, with the best of these for gate and up, each tile for down. A table has
-a regime for each number of tokens; between two of them lies the geometric mean of their rows.
-"""
-
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import triton
 import typer
 
 from moe_ep import tables
-from moe_ep.backends.triton_kernel import current_target, using
-from moe_ep.bench.cases import SHAPES, RankShape, Weights, random_batch, random_weights
-from moe_ep.bench.clock import eager_us, graph_us
-from moe_ep.bench.contenders import CONTENDERS, OURS
-from moe_ep.bench.peers import Op
-from moe_ep.bench.runs import relative_error
-from moe_ep.kernels.launch import Gemm, Kernel, LaunchConfig, Regime, Table, fit
-
-MOST_ERROR = 1e-2
-"""A candidate whose result is further from f64 than this is not taken, however fast."""
-
-_STREAM = tuple(
-    Gemm(block_n, warps, stages, slices)
-    for block_n, warps, slices in ((16, 1, 1), (16, 2, 2), (16, 4, 4), (32, 4, 2), (64, 4, 1), (64, 8, 2))
-    for stages in (1, 2, 3)
-)
-_WARPGROUP = tuple(Gemm(16 * warps, warps, stages) for warps in (4, 8) for stages in (3, 4))
-_TILE = tuple(Gemm(block_n, 4, stages) for block_n in (32, 64, 128) for stages in (2, 3))
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A configuration with the µs that an op took with it."""
-
-    config: LaunchConfig
-    us: float
-
-
-def families(arch: str, rows: float) -> Iterator[tuple[Kernel, int, tuple[Gemm, ...]]]:
-    """Kernels and blocks of routes for `rows` routes an expert, with the tiles to try."""
-
-    def suits(block_m: int) -> bool:
-        return block_m <= max(16, 4 * rows) and rows <= 6 * block_m
-
-    stream_blocks: tuple[int, ...] = ()
-    if arch == "gfx942":
-        stream_blocks = (16,)
-    elif arch.startswith("sm") and int(arch.removeprefix("sm")) >= 80:
-        stream_blocks = (8, 16)
-    yield from (("stream", block_m, _STREAM) for block_m in stream_blocks if suits(block_m))
-    if arch == "sm90":
-        yield from (("warpgroup", block_m, _WARPGROUP) for block_m in (32, 64, 128) if suits(block_m))
-    if arch != "sm90":  # there the other two are faster at every size
-        yield from (("tile", block_m, _TILE) for block_m in (16, 32, 64, 128) if suits(block_m))
-
-
-def measure(shape: RankShape, tokens: Sequence[int], device: torch.device, quick: bool) -> Iterator[tuple[int, Timed]]:
-    """The fastest configuration for each number of tokens, as it is found. `quick` tries a third of the tiles.
-
-    Raises
-    ------
-    RuntimeError
-        If no candidate runs for some number of tokens.
-    """
-    weights = random_weights(shape, device, 0)
-    op = CONTENDERS[OURS].prepare(shape, weights)
-    arch = current_target().arch
-    for count in tokens:
-        best: Timed | None = None
-        for kernel, block_m, gemms in families(arch, count * shape.top_k / shape.experts):
-            for timed in _family(shape, count, device, op, weights, kernel, block_m, gemms[1::3] if quick else gemms):
-                print(f"{count:>6} tokens {timed.us:>10.1f} µs  {timed.config}", flush=True)
-                if best is None or timed.us < best.us:
-                    best = timed
-        if best is None:
-            raise RuntimeError(f"no candidate ran for {count} tokens of {shape.name} on {arch}")
-        yield count, best
-
-
-def table_of(shape: RankShape, found: Mapping[int, LaunchConfig], where: str) -> Table:
-    """The table of this device's arch: a regime for each number of tokens, up to the geometric mean with the next."""
-    tokens = sorted(found)
-    regimes = []
-    for count, following in zip(tokens, [*tokens[1:], None], strict=True):
-        rows = 1e6 if following is None else math.sqrt(count * following) * shape.top_k / shape.experts
-        regimes.append(Regime(float(f"{rows:.3g}"), found[count]))
-    return Table(current_target().arch, where, tuple(regimes))
-
-
-def source(device: torch.device, what: str) -> str:
-    """Where, on what and when a table was measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    return f"measured on {name}, {what}, {versions}, {datetime.now(UTC):%Y-%m-%d}"
-
-
-def _family(
-    shape: RankShape,
-    tokens: int,
-    device: torch.device,
-    op: Op,
-    weights: Weights,
-    kernel: Kernel,
-    block_m: int,
-    gemms: Sequence[Gemm],
-) -> Iterator[Timed]:
-    few = 1 if device.type == "cpu" else 4 if tokens > 256 else 8
-    batches = [random_batch(shape, tokens, "uniform", device, seed) for seed in range(few)]
-    works = [partial(op, batch) for batch in batches]
-
-    def timed(config: LaunchConfig) -> Timed | None:
-        fitted = fit(config, shape.hidden, shape.inner)
-        if fitted is None:
-            return None
-        try:
-            with using(fitted):
-                error = relative_error(op, weights, batches[0])
-                if not error <= MOST_ERROR:
-                    print(f"{tokens:>6} tokens: error {error:.1e}, not taken: {fitted}", flush=True)
-                    return None
-                return Timed(fitted, graph_us(works) if device.type == "cuda" else eager_us(works, device))
-        except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
-            print(f"{tokens:>6} tokens: {str(error).splitlines()[0]}: {fitted}", flush=True)
-            return None
-
-    best: Timed | None = None
-    for gemm in gemms:
-        if (found := timed(LaunchConfig(kernel, block_m, gemm, gemm))) and (best is None or found.us < best.us):
-            best = found
-    if best is None:
-        return
-    yield best
-    for gemm in gemms:
-        if found := timed(replace(best.config, down=gemm)):
-            yield found
+from moe_ep.backends.triton_kernel import current_target
+from moe_ep.bench.cases import SHAPES
+from moe_ep.bench.tuner import measure, source, table_of
+from moe_ep.kernels.launch import LaunchConfig
 
 
 def main(

@@ -17,7 +17,7 @@ from moe_ep.bench.clock import Rates
 from moe_ep.bench.contenders import CONTENDERS, Contender
 from moe_ep.bench.peers import Op
 from moe_ep.bench.runs import Line, time_shape
-from moe_ep.bench.tune import families
+from moe_ep.bench.tuner import families
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
