@@ -99,13 +99,17 @@ class _Shape:
     limited: bool
     dtypes: tuple[torch.dtype, ...]
     aligned: tuple[bool, ...]
-    copied: bool
-    """Whether activations and codes lie at multiples of 16 bytes, which asynchronous copies take."""
+    """Whether each tensor lies at a multiple of 16 bytes: activations and codes first."""
     device: torch.device
     stream: int
     target: Target
     tables: str | None
     override: LaunchConfig | None
+
+    @property
+    def copied(self) -> bool:
+        """Whether asynchronous copies take the activations and codes."""
+        return all(self.aligned[:3])
 
 
 @dataclass(frozen=True)
@@ -226,36 +230,17 @@ def experts(
     weights = weights.in_kernel_order()
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if elsewhere else nullcontext():  # Triton launches where torch is
-        _launch(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, out)
-
-
-def _launch(
-    x: Tensor,
-    weights: ExpertWeights,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    topk_weights: Tensor,
-    swiglu_limit: float | None,
-    out: Tensor,
-) -> None:
-    op = _op(_shape(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, out))
-    op.plan(x, topk_ids, expert_map)
-    plan = op.plan.plan
-    blocks = (plan.route, plan.block_expert, plan.block_start, plan.block_end)
-    w13, w2 = weights.w13.view(torch.uint16), weights.w2.view(torch.uint16)
-    s13, s2 = weights.w13_scale.view(torch.uint32), weights.w2_scale.view(torch.uint32)
-    limit = 0.0 if swiglu_limit is None else float(swiglu_limit)
-    op.gate_up(
-        x if op.plan.shifted is None else op.plan.shifted,
-        w13,
-        s13,
-        x if weights.b13 is None else weights.b13,
-        op.h,
-        *blocks,
-        limit,
-    )
-    op.down(op.h, w2, s2, x if weights.b2 is None else weights.b2, topk_weights, op.y, *blocks)
-    op.combine(op.y, topk_ids, topk_ids if expert_map is None else expert_map, out, op.plan.known)
+        op = _op(_shape(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, out))
+        op.plan(x, topk_ids, expert_map)
+        plan = op.plan.plan
+        blocks = (plan.route, plan.block_expert, plan.block_start, plan.block_end)
+        w13, w2 = weights.w13.view(torch.uint16), weights.w2.view(torch.uint16)
+        s13, s2 = weights.w13_scale.view(torch.uint32), weights.w2_scale.view(torch.uint32)
+        b13, b2 = x if weights.b13 is None else weights.b13, x if weights.b2 is None else weights.b2
+        limit = 0.0 if swiglu_limit is None else float(swiglu_limit)
+        op.gate_up(x if op.plan.shifted is None else op.plan.shifted, w13, s13, b13, op.h, *blocks, limit)
+        op.down(op.h, w2, s2, b2, topk_weights, op.y, *blocks)
+        op.combine(op.y, topk_ids, topk_ids if expert_map is None else expert_map, out, op.plan.known)
 
 
 def _shape(
@@ -269,8 +254,8 @@ def _shape(
 ) -> _Shape:
     mapped = topk_ids if expert_map is None else expert_map
     b13, b2 = x if weights.b13 is None else weights.b13, x if weights.b2 is None else weights.b2
-    packed = (weights.w13, weights.w13_scale, weights.w2, weights.w2_scale)
-    tensors = (x, topk_ids, mapped, topk_weights, out, b13, b2, *packed)
+    codes, scales = (weights.w13, weights.w2), (weights.w13_scale, weights.w2_scale)
+    tensors = (x, *codes, *scales, topk_ids, mapped, topk_weights, out, b13, b2)
     return _Shape(
         tokens=x.shape[0],
         hidden=x.shape[1],
@@ -283,7 +268,6 @@ def _shape(
         limited=swiglu_limit is not None,
         dtypes=(topk_ids.dtype, mapped.dtype, out.dtype),
         aligned=tuple(t.data_ptr() % 16 == 0 for t in tensors),
-        copied=all(t.data_ptr() % 16 == 0 for t in (x, weights.w13, weights.w2)),
         device=x.device,
         stream=driver.active.get_current_stream(x.device.index) if x.is_cuda else 0,
         target=current_target(),

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_ep.bench.cases import Batch
-
 Work = Callable[[], object]
 _REPEATS = 7
 _CPU_REPEATS = 2  # where kernels are interpreted, which shows that they run and not how fast
@@ -21,14 +19,12 @@ class Rates:
     copy: float
     matmul: float
 
-    def floor_us(self, batches: Sequence[Batch], held: int, expert_bytes: float, route_flops: int) -> float:
-        """The larger of two times, on average over the batches.
+    def floor_us(self, hit: float, routes: float, expert_bytes: float, route_flops: int) -> float:
+        """The larger of two times.
 
         The packed bytes of the experts that are hit, once, at the copy rate; the FLOPs of the local routes at the
         matmul rate.
         """
-        hit = statistics.fmean(len(batch.local(held).unique()) for batch in batches)
-        routes = statistics.fmean(len(batch.local(held)) for batch in batches)
         return max(hit * expert_bytes / self.copy, routes * route_flops / self.matmul) * 1e6
 
 

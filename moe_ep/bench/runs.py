@@ -92,7 +92,7 @@ def _time(
     locals_ = [batch.local(shape.held) for batch in batches]
     hit = sum(len(ids.unique()) for ids in locals_) / len(batches)
     routes = sum(len(ids) for ids in locals_) / len(batches)
-    floor = rates.floor_us(batches, shape.held, shape.expert_bytes, shape.route_flops)
+    floor = rates.floor_us(hit, routes, shape.expert_bytes, shape.route_flops)
     works = [partial(ops[i % len(ops)], batch) for i, batch in enumerate(batches)]
     eager = graph = error = failure = None
     try:

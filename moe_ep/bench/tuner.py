@@ -57,7 +57,8 @@ def families(arch: str, rows: float) -> Iterator[tuple[Kernel, int, tuple[Gemm, 
     if arch == "sm90":
         yield from (("warpgroup", block_m, _WARPGROUP) for block_m in (32, 64, 128) if suits(block_m))
     if arch != "sm90":  # there the other two are faster at every size
-        yield from (("tile", block_m, _TILE) for block_m in (16, 32, 64, 128) if suits(block_m))
+        sizes = (16, 32, 64, 128) if arch.startswith("sm") else (16, 32, 64)  # CDNA's waves hold 128 only by spilling
+        yield from (("tile", block_m, _TILE) for block_m in sizes if suits(block_m))
 
 
 def measure(shape: RankShape, tokens: Sequence[int], device: torch.device, quick: bool) -> Iterator[tuple[int, Timed]]:

@@ -1,4 +1,4 @@
-"""Device functions of the Gluon kernels: weights in kernel order to matrix operands in registers, SwiGLU, PDL.
+"""Device functions of the Gluon kernels: weights in kernel order to matrix operands in registers, SwiGLU.
 
 The layout that they all build on: a lane loads 16 bytes of a row of weights, eight words of 16 bits, which are four
 blocks' codes of the same eight k. That is a lane's part of a matrix operand for each of the four blocks, whatever k it

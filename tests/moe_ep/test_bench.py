@@ -49,11 +49,8 @@ def test_all_to_one_expert_and_zipf_are_as_skewed_as_they_say() -> None:
 
 
 def test_the_floor_is_the_larger_of_bytes_and_flops() -> None:
-    ids = torch.tensor([[0, 5], [1, 0]], dtype=torch.int32)
-    batch = Batch(torch.zeros(2, 8), ids, torch.ones(2, 2))
-    # Of experts below 3: two hit, three routes.
-    assert Rates(copy=1e6, matmul=1e30).floor_us([batch], 3, 10.0, 7) == 20
-    assert Rates(copy=1e30, matmul=1e6).floor_us([batch], 3, 10.0, 7) == 21
+    assert Rates(copy=1e6, matmul=1e30).floor_us(2, 3, 10.0, 7) == 20
+    assert Rates(copy=1e30, matmul=1e6).floor_us(2, 3, 10.0, 7) == 21
 
 
 def _broken(shape: RankShape, weights: Weights) -> Op:
@@ -110,6 +107,7 @@ def test_peers_that_are_not_installed_are_left_out() -> None:
         ("sm90", 0.1, {("stream", 8), ("stream", 16)}),
         ("sm90", 100.0, {("warpgroup", 32), ("warpgroup", 64), ("warpgroup", 128)}),
         ("gfx942", 0.1, {("stream", 16), ("tile", 16)}),
+        ("gfx942", 100.0, {("tile", 32), ("tile", 64)}),
         ("sm75", 40.0, {("tile", 16), ("tile", 32), ("tile", 64), ("tile", 128)}),
     ],
 )
