@@ -4,12 +4,13 @@ A group of 128 codes along K is 32 words of 16 bits. Word i holds the codes of k
 which belongs to a block of its own with a scale of its own:
 
     bit    15  14  13  12  11  10   9   8   7   6   5   4   3   2   1   0
-    code  0s  3s  3e  1s  3e  3m  2s  0e  0e  0m  1e  1e  1m  2e  2e  2m       s sign, e exponent, m mantissa
+    code  0s  2e  2e  2m  3s  3m  1s  0e  0e  0m  2s' 3e  3e  1e  1e  1m       s sign, e exponent, m mantissa
 
 Masked with 0x81C0 the word is a bfloat16 of the first code's value times 2^-126: the sign in its place, the exponent in
 the lowest two exponent bits, the mantissa in the highest mantissa bit, which is right for e2m1's denormals too. Shifted
-left by 3 and by 6 it is that of the second and third; only the fourth takes more. Masks and shifts hold for two words
-in 32 bits at once.
+left by 6 it is that of the second. Two words in 32 bits, rotated right by 6, are those of the third: so the sign of a
+word's third code is in the other word of its pair (2s'). Only the fourth takes more: its mantissa is shifted right by
+4, the rest left by 4. Masks and shifts hold for two words in 32 bits at once.
 
 Rows are in tiles of 16: of a tile come the first groups of all its rows, then the second groups, so that what is read
 together is a kilobyte in one piece. Their scales lie in the same order.
@@ -62,13 +63,16 @@ def _untiled(tiles: Tensor, group: int) -> Tensor:
 
 def _words(codes: Tensor) -> Tensor:
     first, second, third, fourth = codes.int().unflatten(-1, (-1, _BLOCKS, MXFP4_BLOCK)).unbind(-2)
-
-    def place(code: Tensor, sign: int, rest: int) -> Tensor:
-        return (code >> 3) << sign | (code & 7) << rest
-
-    word = place(first, 15, 6) | place(second, 12, 3) | place(third, 9, 0)
-    word |= (fourth >> 3) << 14 | (fourth >> 2 & 1) << 13 | (fourth & 3) << 10
+    word = (first >> 3) << 15 | (first & 7) << 6
+    word |= (second >> 3) << 9 | second & 7
+    word |= _swapped(third >> 3) << 5 | (third & 7) << 12
+    word |= (fourth >> 3) << 11 | (fourth >> 1 & 3) << 3 | (fourth & 1) << 10
     return word.to(torch.uint16).flatten(-2).view(torch.uint8)
+
+
+def _swapped(words: Tensor) -> Tensor:
+    """The other word of each pair."""
+    return words.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
 def from_kernel_order(ordered: Tensor, fields: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -78,12 +82,13 @@ def from_kernel_order(ordered: Tensor, fields: Tensor, width: int) -> tuple[Tens
     """
     word = _untiled(ordered, KERNEL_GROUP // 2).view(torch.uint16).int().unflatten(-1, (-1, MXFP4_BLOCK))
 
-    def take(sign: int, rest: int) -> Tensor:
-        code: Tensor = (word >> sign & 1) << 3 | word >> rest & 7
-        return code
+    def take(sign: Tensor, rest: Tensor) -> Tensor:
+        return (sign & 1) << 3 | rest & 7
 
-    fourth = (word >> 14 & 1) << 3 | (word >> 13 & 1) << 2 | word >> 10 & 3
-    codes = torch.stack((take(15, 6), take(12, 3), take(9, 0), fourth), dim=-2)
+    first, second = take(word >> 15, word >> 6), take(word >> 9, word)
+    third = take(_swapped(word >> 5), word >> 12)
+    fourth = take(word >> 11, (word >> 3 & 3) << 1 | word >> 10 & 1)
+    codes = torch.stack((first, second, third, fourth), dim=-2)
     taken = _untiled(fields, _BLOCKS)[..., : width // MXFP4_BLOCK]
     scale = torch.where(taken == NAN_SCALE, taken, taken - FIELD_OF_CODE_0)
     return pack(codes.flatten(-3)[..., :width].to(torch.uint8)), scale

@@ -20,18 +20,16 @@ _DECODE_PTX = tl.constexpr("""
 mov.b32 w, $4;
 and.b32 a, w, 0x81C081C0;
 mul.rn.bf16x2 $0, a, $5;
-shl.b32 a, w, 3;
-and.b32 a, a, 0x81C081C0;
-mul.rn.bf16x2 $1, a, $6;
 shl.b32 a, w, 6;
 and.b32 a, a, 0x81C081C0;
+mul.rn.bf16x2 $1, a, $6;
+shf.r.wrap.b32 a, w, w, 6;
+and.b32 a, a, 0x81C081C0;
 mul.rn.bf16x2 $2, a, $7;
-shl.b32 a, w, 1;
-and.b32 a, a, 0x80008000;
-shr.b32 b, w, 5;
-lop3.b32 a, b, 0x01000100, a, 0xEA;
+shl.b32 a, w, 4;
+and.b32 a, a, 0x81808180;
 shr.b32 b, w, 4;
-lop3.b32 a, b, 0x00C000C0, a, 0xEA;
+lop3.b32 a, b, 0x00400040, a, 0xEA;
 mul.rn.bf16x2 $3, a, $8;
 }
 """)
@@ -58,10 +56,12 @@ def scale_bf16(fields, BLOCK: tl.constexpr):
 @triton.jit
 def decode_bits(words):
     """uint16 [N, 32] → the four blocks bf16 [N, 32] of value · 2^-126."""
+    even, odd = tl.split(words.reshape(words.shape[0], words.shape[1] // 2, 2))
+    other = tl.join(odd, even).reshape(words.shape)
     first = words & 0x81C0
-    second = (words << 3) & 0x81C0
-    third = (words << 6) & 0x81C0
-    fourth = ((words << 1) & 0x8000) | ((words >> 5) & 0x0100) | ((words >> 4) & 0x00C0)
+    second = (words << 6) & 0x81C0
+    third = ((words >> 6) & 0x01C0) | ((other << 10) & 0x8000)
+    fourth = ((words << 4) & 0x8180) | ((words >> 4) & 0x0040)
     return (
         first.to(tl.uint16).to(tl.bfloat16, bitcast=True),
         second.to(tl.uint16).to(tl.bfloat16, bitcast=True),

@@ -14,30 +14,25 @@ _WORDS_PTX = gl.constexpr("""
 .reg .b32 w, a, b;
 mov.b32 w, $4;
 and.b32 $0, w, 0x81C081C0;
-shl.b32 a, w, 3;
-and.b32 $1, a, 0x81C081C0;
 shl.b32 a, w, 6;
+and.b32 $1, a, 0x81C081C0;
+shf.r.wrap.b32 a, w, w, 6;
 and.b32 $2, a, 0x81C081C0;
-shl.b32 a, w, 1;
-and.b32 a, a, 0x80008000;
-shr.b32 b, w, 5;
-lop3.b32 a, b, 0x01000100, a, 0xEA;
+shl.b32 a, w, 4;
+and.b32 a, a, 0x81808180;
 shr.b32 b, w, 4;
-lop3.b32 $3, b, 0x00C000C0, a, 0xEA;
+lop3.b32 $3, b, 0x00400040, a, 0xEA;
 }
 """)
 
 _WORDS_GCN = gl.constexpr("""
-v_lshlrev_b32 $3, 1, $4
-v_and_b32 $3, 0x80008000, $3
-v_lshrrev_b32 $2, 5, $4
-v_and_b32 $2, 0x01000100, $2
-v_lshrrev_b32 $1, 4, $4
-v_and_b32 $1, 0x00C000C0, $1
-v_or3_b32 $3, $3, $2, $1
-v_lshlrev_b32 $2, 6, $4
+v_lshlrev_b32 $3, 4, $4
+v_and_b32 $3, 0x81808180, $3
+v_lshrrev_b32 $2, 4, $4
+v_and_or_b32 $3, $2, $5, $3
+v_alignbit_b32 $2, $4, $4, 6
 v_and_b32 $2, 0x81C081C0, $2
-v_lshlrev_b32 $1, 3, $4
+v_lshlrev_b32 $1, 6, $4
 v_and_b32 $1, 0x81C081C0, $1
 v_and_b32 $0, 0x81C081C0, $4
 """)
@@ -46,18 +41,26 @@ v_and_b32 $0, 0x81C081C0, $4
 _SCALED_PTX = gl.constexpr(
     (
         "{ .reg .b32 a; and.b32 a, $1, 0x81C081C0; mul.rn.bf16x2 $0, a, $2; }",
-        "{ .reg .b32 a; shl.b32 a, $1, 3; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $0, a, $2; }",
         "{ .reg .b32 a; shl.b32 a, $1, 6; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $0, a, $2; }",
+        "{ .reg .b32 a; shf.r.wrap.b32 a, $1, $1, 6; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $0, a, $2; }",
         """{
         .reg .b32 a, b;
-        shl.b32 a, $1, 1;
-        and.b32 a, a, 0x80008000;
-        shr.b32 b, $1, 5;
-        lop3.b32 a, b, 0x01000100, a, 0xEA;
+        shl.b32 a, $1, 4;
+        and.b32 a, a, 0x81808180;
         shr.b32 b, $1, 4;
-        lop3.b32 a, b, 0x00C000C0, a, 0xEA;
+        lop3.b32 a, b, 0x00400040, a, 0xEA;
         mul.rn.bf16x2 $0, a, $2;
         }""",
+    )
+)
+
+
+_FIELD_PTX = gl.constexpr(
+    (
+        "{ .reg .b32 a; shl.b32 a, $1, 7; and.b32 a, a, 0x7F80; cvt.u16.u32 $0, a; }",
+        "{ .reg .b32 a; shr.b32 a, $1, 1; and.b32 a, a, 0x7F80; cvt.u16.u32 $0, a; }",
+        "{ .reg .b32 a; shr.b32 a, $1, 9; and.b32 a, a, 0x7F80; cvt.u16.u32 $0, a; }",
+        "{ .reg .b32 a; shr.b32 a, $1, 17; and.b32 a, a, 0x7F80; cvt.u16.u32 $0, a; }",
     )
 )
 
@@ -65,14 +68,15 @@ _SCALED_PTX = gl.constexpr(
 @gluon.jit
 def decode(words, CDNA: gl.constexpr):
     """uint16 words → the four blocks bf16 of the same shape: value · 2^-126."""
-    return gl.inline_asm_elementwise(
-        _WORDS_GCN if CDNA else _WORDS_PTX,
-        "=&v,=&v,=&v,=&v,v" if CDNA else "=r,=r,=r,=r,r",
-        [words],
-        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
+    blocks: gl.constexpr = (gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16)
+    if CDNA:
+        # The mask comes as an operand since what takes it has no room for a literal: it lies in a scalar register.
+        mask = gl.full(words.shape, 0x00400040, gl.int32, layout=words.type.layout)
+        return gl.inline_asm_elementwise(
+            _WORDS_GCN, "=&v,=&v,=&v,=&v,v,s,s", [words, mask], dtype=blocks, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(_WORDS_PTX, "=r,=r,=r,=r,r", [words], dtype=blocks, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -85,8 +89,8 @@ def scale_f32(fields, BLOCK: gl.constexpr):
 @gluon.jit
 def scale_bf16(fields, BLOCK: gl.constexpr):
     """The same as bf16."""
-    bits = fields << 7 if BLOCK == 0 else fields >> (8 * BLOCK - 7)
-    return (bits & 0x7F80).to(gl.uint16).to(gl.bfloat16, bitcast=True)
+    # As PTX, since LLVM would mask the 16 bits once more.
+    return gl.inline_asm_elementwise(_FIELD_PTX[BLOCK], "=h,r", [fields], dtype=gl.bfloat16, is_pure=True, pack=1)
 
 
 @gluon.jit
