@@ -1,5 +1,6 @@
 """Routes sorted by local expert and cut into blocks, without a host synchronisation."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,10 @@ from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.plan import count_kernel, place_kernel
 
 _SHIFT_BLOCK = 4096  # elements of x a program
-_TILE = 256  # the most routes a program places
+_CHUNK = 256  # the most routes a program places at once
 _PAIRS = 4096  # the most pairs of a route and an expert that a program compares at once
 _WRITTEN = 64  # blocks a program
+_TILES = 256  # for more routes they grow, since each program adds up the counts of all
 _ALONE_TILES = 2  # up to these, counting them in every program is faster than one launch more
 _WARPS = 8
 
@@ -67,7 +69,7 @@ def plan_parts(
     blocks = block_bound(tokens * top_k, local_experts, block_m)
     width = triton.next_power_of_2(local_experts)
     parts = {
-        "counts": ((triton.cdiv(tokens * top_k, _tile(tokens * top_k, width)), width), torch.int32),
+        "counts": ((triton.cdiv(tokens * top_k, math.prod(_tile(tokens * top_k, width))), width), torch.int32),
         "route": ((tokens * top_k,), torch.int32),
         "block_expert": ((blocks,), torch.int32),
         "block_start": ((blocks,), torch.int32),
@@ -89,12 +91,14 @@ def planner(
     shifts = 0 if shifted is None else triton.cdiv(shifted.numel(), _SHIFT_BLOCK)
     tiles, width = parts["counts"].shape
     alone = tiles <= _ALONE_TILES
+    chunk, chunks = _tile(plan.route.numel(), width)
     options = {
         "LOCAL": local_experts,
         "HAS_MAP": mapped,
         "PDL": pdl,
         "BLOCK_L": width,
-        "BLOCK_R": _tile(plan.route.numel(), width),
+        "BLOCK_R": chunk,
+        "CHUNKS": chunks,
         "BLOCK_X": _SHIFT_BLOCK,
     }
     count = None if alone else BoundLaunch(count_kernel, tiles + shifts, options, warps=_WARPS, pdl=pdl)
@@ -105,10 +109,10 @@ def planner(
     )
 
 
-def _tile(routes: int, width: int) -> int:
-    """Routes that a program counts or places at once, beside `width` experts."""
-    rounded: int = triton.next_power_of_2(routes)
-    return max(16, min(rounded, _TILE, _PAIRS // width))
+def _tile(routes: int, width: int) -> tuple[int, int]:
+    """Routes that a program counts or places at once, beside `width` experts, and how often."""
+    chunk = max(16, min(triton.next_power_of_2(routes), _CHUNK, _PAIRS // width))
+    return chunk, triton.next_power_of_2(triton.cdiv(routes, chunk * _TILES))
 
 
 def block_bound(routes: int, local_experts: int, block_m: int) -> int:

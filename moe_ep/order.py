@@ -67,12 +67,14 @@ def _words(codes: Tensor) -> Tensor:
     word |= (second >> 3) << 9 | second & 7
     word |= _swapped(third >> 3) << 5 | (third & 7) << 12
     word |= (fourth >> 3) << 11 | (fourth >> 1 & 3) << 3 | (fourth & 1) << 10
-    return word.to(torch.uint16).flatten(-2).view(torch.uint8)
+    packed: Tensor = word.to(torch.uint16).flatten(-2).view(torch.uint8)
+    return packed
 
 
 def _swapped(words: Tensor) -> Tensor:
     """The other word of each pair."""
-    return words.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped: Tensor = words.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return swapped
 
 
 def from_kernel_order(ordered: Tensor, fields: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +85,8 @@ def from_kernel_order(ordered: Tensor, fields: Tensor, width: int) -> tuple[Tens
     word = _untiled(ordered, KERNEL_GROUP // 2).view(torch.uint16).int().unflatten(-1, (-1, MXFP4_BLOCK))
 
     def take(sign: Tensor, rest: Tensor) -> Tensor:
-        return (sign & 1) << 3 | rest & 7
+        code: Tensor = (sign & 1) << 3 | rest & 7
+        return code
 
     first, second = take(word >> 15, word >> 6), take(word >> 9, word)
     third = take(_swapped(word >> 5), word >> 12)

@@ -50,6 +50,8 @@ class Target:
     backend: str
     arch: str
     warp_size: int
+    processors: int = 1
+    """Multiprocessors of the device, for kernels of which each takes one program."""
 
     @property
     def pdl(self) -> bool:
@@ -58,11 +60,19 @@ class Target:
 
 
 def current_target() -> Target:
-    """Of Triton's active driver."""
+    """Of Triton's active driver and torch's current device."""
     if interpreted():
         return Target("hip", "interpreter", 64)
     target = driver.active.get_current_target()
-    return Target(target.backend, f"sm{target.arch}" if target.backend == "cuda" else target.arch, target.warp_size)
+    if target.backend != "cuda":
+        return Target(target.backend, target.arch, target.warp_size)
+    return Target("cuda", f"sm{target.arch}", target.warp_size, _processors(torch.cuda.current_device()))
+
+
+@lru_cache
+def _processors(device: int) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def launch_config(routes: int, num_experts: int, hidden: int, inner: int, target: Target) -> LaunchConfig:
@@ -184,6 +194,7 @@ def _gemms(shape: _Shape, config: LaunchConfig, blocks: int) -> tuple[BoundLaunc
         )
     gate_up |= {"PDL": shape.target.pdl, "STAGES": config.gate_up.stages}
     down |= {"PDL": shape.target.pdl, "STAGES": config.down.stages}
+    most = shape.target.processors if config.kernel == "warpgroup" else None
     # Gluon is imported only where it runs: the interpreter has none, and only some devices have these kernels.
     if config.kernel == "stream":
         from moe_ep.kernels.stream import down_stream as down_gluon
@@ -194,14 +205,20 @@ def _gemms(shape: _Shape, config: LaunchConfig, blocks: int) -> tuple[BoundLaunc
     else:
         from moe_ep.kernels.warpgroup import down_warpgroup as down_gluon
         from moe_ep.kernels.warpgroup import gate_up_warpgroup as gate_up_gluon
+
+        gate_up |= {"blocks": blocks}
+        down |= {"blocks": blocks}
     return (
-        _gemm(gate_up_gluon, blocks, shape.inner, config.gate_up, gate_up),
-        _gemm(down_gluon, blocks, shape.hidden // 2, config.down, down),
+        _gemm(gate_up_gluon, blocks, shape.inner, config.gate_up, gate_up, most),
+        _gemm(down_gluon, blocks, shape.hidden // 2, config.down, down, most),
     )
 
 
-def _gemm(kernel: Any, blocks: int, rows: int, gemm: Gemm, constants: dict[str, Any]) -> BoundLaunch:
+def _gemm(
+    kernel: Any, blocks: int, rows: int, gemm: Gemm, constants: dict[str, Any], most: int | None = None
+) -> BoundLaunch:
     programs = blocks * triton.cdiv(rows, gemm.block_n)
+    programs = programs if most is None else min(programs, most)
     # With two waves a SIMD in view the compiler keeps MFMA's sums in vector registers, where they are scaled; else it
     # puts them in accumulation registers and copies each out, half an operation a weight.
     options = {"waves_per_eu": 2} if constants.get("CDNA") else {}

@@ -30,7 +30,7 @@ _STREAM = tuple(
     for block_n, warps, slices in ((16, 1, 1), (16, 2, 2), (16, 4, 4), (32, 4, 2), (64, 4, 1), (64, 8, 2))
     for stages in (1, 2, 3)
 )
-_WARPGROUP = tuple(Gemm(16 * warps, warps, stages) for warps in (4, 8) for stages in (3, 4))
+_WARPGROUP = tuple(Gemm(block_n, 4, stages) for block_n in (64, 128) for stages in (3, 4, 6))
 _TILE = tuple(Gemm(block_n, 4, stages) for block_n in (32, 64, 128) for stages in (2, 3))
 
 

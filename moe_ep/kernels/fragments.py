@@ -21,7 +21,7 @@ and.b32 $2, a, 0x81C081C0;
 shl.b32 a, w, 4;
 and.b32 a, a, 0x81808180;
 shr.b32 b, w, 4;
-lop3.b32 $3, b, 0x00400040, a, 0xEA;
+lop3.b32 $3, b, $5, a, 0xEA;
 }
 """)
 
@@ -69,14 +69,17 @@ _FIELD_PTX = gl.constexpr(
 def decode(words, CDNA: gl.constexpr):
     """uint16 words → the four blocks bf16 of the same shape: value · 2^-126."""
     blocks: gl.constexpr = (gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16)
-    if CDNA:
-        # The mask comes as an operand since what takes it has no room for a literal: it lies in a scalar register.
-        mask = gl.full(words.shape, 0x00400040, gl.int32, layout=words.type.layout)
-        return gl.inline_asm_elementwise(
-            _WORDS_GCN, "=&v,=&v,=&v,=&v,v,s,s", [words, mask], dtype=blocks, is_pure=True, pack=2
-        )
-    else:
-        return gl.inline_asm_elementwise(_WORDS_PTX, "=r,=r,=r,=r,r", [words], dtype=blocks, is_pure=True, pack=2)
+    # The mask comes as an operand since the instruction that takes it has no room for a literal on CDNA; it lies in a
+    # scalar register.
+    mask = gl.full(words.shape, 0x00400040, gl.int32, layout=words.type.layout)
+    return gl.inline_asm_elementwise(
+        _WORDS_GCN if CDNA else _WORDS_PTX,
+        "=&v,=&v,=&v,=&v,v,s,s" if CDNA else "=r,=r,=r,=r,r,n,n",
+        [words, mask],
+        dtype=blocks,
+        is_pure=True,
+        pack=2,
+    )
 
 
 @gluon.jit

@@ -9,7 +9,10 @@ Kernel = Literal["stream", "warpgroup", "tile"]
 
 @dataclass(frozen=True)
 class Gemm:
-    """Tile of one grouped GEMM: rows of weights, warps, slices of K that warps share out, and stages under way."""
+    """Tile of one grouped GEMM: rows of weights, warps, slices of K that warps share out, and stages under way.
+
+    Of the warpgroup kernel `warps` are one warpgroup's, 4; there are always two.
+    """
 
     block_n: int
     warps: int
@@ -51,6 +54,9 @@ class Table:
     regimes: tuple[Regime, ...]
 
 
+_WARPGROUP_BYTES = 218 * 1024
+"""Shared memory for what is copied ahead: of Hopper's 227 KiB some is for turning results."""
+
 FALLBACK = "fallback: tiles for any device and shape"
 """The source of configurations that no table gives."""
 
@@ -88,9 +94,12 @@ def fit(config: LaunchConfig, hidden: int, inner: int) -> LaunchConfig | None:
     """The configuration with tiles, slices and stages made smaller until they divide H and I; None where none do."""
     if config.kernel == "tile":
         return config
-    fitted = _fit_stream if config.kernel == "stream" else _fit_warpgroup
     # The down projection's tile is two halves of block_n rows, as gate and up are.
-    gate_up, down = fitted(config.gate_up, hidden, inner), fitted(config.down, inner, hidden // 2)
+    if config.kernel == "stream":
+        gate_up, down = _fit_stream(config.gate_up, hidden, inner), _fit_stream(config.down, inner, hidden // 2)
+    else:
+        gate_up = _fit_warpgroup(config.gate_up, config.block_m, hidden, inner)
+        down = _fit_warpgroup(config.down, config.block_m, inner, hidden // 2)
     return replace(config, gate_up=gate_up, down=down) if gate_up and down else None
 
 
@@ -104,12 +113,13 @@ def _fit_stream(gemm: Gemm, k: int, n: int) -> Gemm | None:
     return Gemm(block_n, slices * min(across, block_n // 16), stages, slices)
 
 
-def _fit_warpgroup(gemm: Gemm, k: int, n: int) -> Gemm | None:
+def _fit_warpgroup(gemm: Gemm, block_m: int, k: int, n: int) -> Gemm | None:
     block_n = _halved(gemm.block_n, n)
-    stages = next((s for s in range(gemm.stages, 2, -1) if k % (128 * s) == 0), 0)
-    if not stages or block_n < 64:  # a warpgroup is four warps of 16 rows
+    group_bytes = 128 * (2 * block_m + block_n) + 8 * block_n  # of activations, codes, scales
+    stages = min(gemm.stages, k // 128, _WARPGROUP_BYTES // group_bytes)
+    if k % 128 or block_n < 64 or stages < 2:  # each warpgroup takes 64 rows of both matrices
         return None
-    return replace(gemm, block_n=block_n, warps=min(gemm.warps, block_n // 16), stages=stages)
+    return replace(gemm, block_n=block_n, stages=stages)
 
 
 def _halved(size: int, whole: int) -> int:

@@ -29,10 +29,10 @@ def shift(x_ptr, shifted_ptr, program, elements, BLOCK_X: tl.constexpr):
 
 
 @triton.jit
-def tile_counts(
+def chunk_counts(
     ids_ptr,
     map_ptr,
-    tile,
+    chunk,
     routes,
     known,
     LOCAL: tl.constexpr,
@@ -40,8 +40,8 @@ def tile_counts(
     BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """How many routes of a tile each local expert has, int32 [BLOCK_L]."""
-    route = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    """How many of BLOCK_R routes each local expert has, int32 [BLOCK_L]."""
+    route = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
     return tl.sum((rows[:, None] == tl.arange(0, BLOCK_L)[None, :]).to(tl.int32), 0)
 
@@ -60,7 +60,8 @@ def count_kernel(
     HAS_MAP: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_L: tl.constexpr,  # a power of two, at least LOCAL
-    BLOCK_R: tl.constexpr,  # routes of a tile
+    BLOCK_R: tl.constexpr,  # routes that are counted at once
+    CHUNKS: tl.constexpr,  # of BLOCK_R routes a tile
     BLOCK_X: tl.constexpr,  # elements of x a program
 ):
     # Layout: the first programs count a tile of routes each; those after them shift a part of x each, which has
@@ -68,10 +69,12 @@ def count_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    tiles = (routes + BLOCK_R - 1) // BLOCK_R
+    tiles = (routes + BLOCK_R * CHUNKS - 1) // (BLOCK_R * CHUNKS)
     program = tl.program_id(0)
     if program < tiles:
-        counts = tile_counts(ids_ptr, map_ptr, program, routes, known, LOCAL, HAS_MAP, BLOCK_L, BLOCK_R)
+        counts = tl.zeros((BLOCK_L,), dtype=tl.int32)
+        for chunk in range(program * CHUNKS, (program + 1) * CHUNKS):
+            counts += chunk_counts(ids_ptr, map_ptr, chunk, routes, known, LOCAL, HAS_MAP, BLOCK_L, BLOCK_R)
         tl.store(count_ptr + program * BLOCK_L + tl.arange(0, BLOCK_L), counts)
     else:
         shift(x_ptr, shifted_ptr, program - tiles, elements, BLOCK_X)
@@ -98,7 +101,8 @@ def place_kernel(
     PDL: tl.constexpr,
     BLOCK_L: tl.constexpr,  # a power of two, at least LOCAL
     BLOCK_M: tl.constexpr,  # routes of a block
-    BLOCK_R: tl.constexpr,  # routes of a tile
+    BLOCK_R: tl.constexpr,  # routes that are placed at once
+    CHUNKS: tl.constexpr,  # of BLOCK_R routes a tile
     BLOCK_B: tl.constexpr,  # blocks a program
     BLOCK_X: tl.constexpr,  # elements of x a program
 ):
@@ -108,7 +112,7 @@ def place_kernel(
         gdc_wait()
         gdc_launch_dependents()
     program = tl.program_id(0)
-    tiles = (routes + BLOCK_R - 1) // BLOCK_R
+    tiles = (routes + BLOCK_R * CHUNKS - 1) // (BLOCK_R * CHUNKS)
     writers = (blocks + BLOCK_B - 1) // BLOCK_B
     if program >= tiles + writers:
         shift(x_ptr, shifted_ptr, program - tiles - writers, elements, BLOCK_X)
@@ -117,10 +121,10 @@ def place_kernel(
     counts = tl.zeros((BLOCK_L,), dtype=tl.int32)
     before = tl.zeros((BLOCK_L,), dtype=tl.int32)  # this tile
     if ALONE:
-        for tile in range(tiles):
-            own = tile_counts(ids_ptr, map_ptr, tile, routes, known, LOCAL, HAS_MAP, BLOCK_L, BLOCK_R)
+        for chunk in range(tiles * CHUNKS):
+            own = chunk_counts(ids_ptr, map_ptr, chunk, routes, known, LOCAL, HAS_MAP, BLOCK_L, BLOCK_R)
             counts += own
-            before += tl.where(tile < program, own, 0)
+            before += tl.where(chunk < program * CHUNKS, own, 0)
     else:
         for first_tile in range(0, tiles, 32):
             tile = first_tile + tl.arange(0, 32)[:, None]
@@ -129,12 +133,14 @@ def place_kernel(
             before += tl.sum(tl.where(tile < program, own, 0), 0)
     first = tl.cumsum(counts, 0) - counts  # position of each expert's first route
     if program < tiles:
-        route = program * BLOCK_R + tl.arange(0, BLOCK_R)
-        rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
-        hits = (rows[:, None] == row[None, :]).to(tl.int32)
-        rank = tl.cumsum(hits, 0) - 1
-        position = tl.sum(hits * ((first + before)[None, :] + rank), 1)
-        tl.store(route_ptr + position, route, mask=rows >= 0)
+        position = first + before  # of each expert's next route
+        for chunk in range(program * CHUNKS, (program + 1) * CHUNKS):
+            route = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+            rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
+            hits = (rows[:, None] == row[None, :]).to(tl.int32)
+            rank = tl.cumsum(hits, 0) - 1
+            tl.store(route_ptr + tl.sum(hits * (position[None, :] + rank), 1), route, mask=rows >= 0)
+            position += tl.sum(hits, 0)
     else:
         used = (counts + BLOCK_M - 1) // BLOCK_M
         last = tl.cumsum(used, 0)  # one past each expert's last block

@@ -27,7 +27,12 @@ ON_HOPPER = [
     ("stream", 8, Gemm(16, 4, 3, slices=4)),
     ("tile", 128, Gemm(64, 4, 3)),
 ]
-HOPPER_ONLY = [("warpgroup", block_m, Gemm(16 * warps, warps, 4)) for block_m in (32, 64, 128) for warps in (4, 8)]
+HOPPER_ONLY = [
+    ("warpgroup", 32, Gemm(128, 4, 6)),
+    ("warpgroup", 64, Gemm(64, 4, 4)),
+    ("warpgroup", 64, Gemm(128, 4, 3)),
+    ("warpgroup", 128, Gemm(128, 4, 4)),
+]
 
 
 def cases() -> list[Any]:
@@ -43,7 +48,7 @@ by_kernel = pytest.mark.parametrize(("way", "kernel", "block_m", "gemm"), cases(
 
 
 def inner_for(kernel: Kernel) -> int:
-    return 512 if kernel == "warpgroup" else INNER  # it takes stages of 3 and more that divide the groups of both
+    return 512 if kernel == "warpgroup" else INNER  # it takes whole tiles of 64 and 128 rows
 
 
 def run(config: LaunchConfig, experts: Experts, tokens: Tokens, **options: Any) -> torch.Tensor:
@@ -72,6 +77,20 @@ def test_it_computes_the_formula_over_several_blocks_and_remote_routes(
     got = call(way, run, config_of(kernel, block_m, gemm), held, tokens, expert_map=expert_map, limit=limit)
     remote = Tokens(tokens.x, torch.where(tokens.ids == 2, -1, tokens.ids), tokens.weights)
     assert relative_error(got, by_formula(experts, remote, limit=limit)) < 5e-3
+
+
+@by_kernel
+def test_blocks_of_every_size_are_computed(way: Way, kernel: Kernel, block_m: int, gemm: Gemm) -> None:
+    """Kernels may take narrower products for blocks that are not full."""
+    if kernel != "warpgroup":
+        pytest.skip("takes whole blocks")
+    device = device_of(way)
+    sizes = [*range(1, block_m, max(1, block_m // 16)), block_m, block_m + 1]
+    experts = make_experts(len(sizes), HIDDEN, inner_for(kernel), device, bias=True)
+    tokens = make_tokens(sum(sizes), HIDDEN, len(sizes), 1, device)
+    tokens.ids[:, 0] = torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
+    got = call(way, run, config_of(kernel, block_m, gemm), experts, tokens)
+    assert relative_error(got, by_formula(experts, tokens)) < 5e-3
 
 
 @by_kernel
