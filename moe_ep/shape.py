@@ -40,11 +40,16 @@ _CONFIG_KEYS = {
 }
 
 
+def block_grid(rows: int, columns: int) -> tuple[int, int]:
+    """Shape of the scales of a [rows, columns] fp8 weight; edge blocks may be partial."""
+    return -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of the MoE part of a DeepSeek-V4 model.
 
-    `hidden` and `intermediate` are H and I of one expert; `layers` does not count the MTP layers.
+    `hidden` and `intermediate` are H and I of one expert; `layers` does not count the MTP layers, whose numbers follow.
     """
 
     hidden: int
@@ -111,6 +116,11 @@ class ModelShape:
         (f32), since which routes are local is not known beforehand, and a few [tokens, H] in f32."""
         per_route = 2 * self.intermediate + 4 * self.hidden
         return tokens * (self.top_k * per_route + 4 * 4 * self.hidden + 4 * self.experts)
+
+    @property
+    def all_layers(self) -> range:
+        """Numbers of all layers: the MTP layers' follow those of the model."""
+        return range(self.layers + self.mtp_layers)
 
     def is_hash_layer(self, layer: int) -> bool:
         """Layers 0 … hash_layers−1 route by token id."""

@@ -1,0 +1,196 @@
+"""How fast a rank's share of a checkpoint comes from the disk, beside a plain sequential read of the same bytes, cold.
+
+    python benchmarks/loading.py [--gib 4] [--rounds 3] [--folder /var/tmp]
+
+Writes a checkpoint with V4-Flash's tensors (fewer layers, random bytes), then in turns, each in a process of its own and
+with the files dropped from the page cache before: `sequential` reads the bytes of rank 0 of EP=4 file by file, each
+contiguous stretch from its beginning to its end in pieces of 16 MiB into one buffer; `loader` loads them into the
+layer's final tensors, which are then compared, and `direct` does so by O_DIRECT. Prints the median rates, bytes read over
+bytes needed, and the peak of host memory over the rank's share.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from moe_ep.checkpoint import Checkpoint
+from moe_ep.comm import Alone
+from moe_ep.headers import CONFIG, INDEX, read_headers
+from moe_ep.loading import Reading, load_layers
+from moe_ep.ranges import READ_BYTES
+from moe_ep.selector import select_backend
+from moe_ep.shape import ModelShape
+from moe_ep.spec import MoELayerSpec, Mxfp4Config
+from moe_ep.tensors import ITEM_BYTES, TensorSpec, layer_prefix, moe_specs
+
+FLASH = ModelShape(hidden=4096, intermediate=2048, layers=1, experts=256, top_k=6, vocab=129280)
+EP = 4
+WAYS = ("sequential", "loader", "direct")
+
+
+def main() -> None:
+    """Make the checkpoint, measure all ways in turns, print a line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=4, help="of the rank's share")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="on the disk that is measured")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        print(json.dumps(measure(arguments.folder, arguments.way)))
+        return
+    layers = max(1, round(arguments.gib * 2**30 * EP / (FLASH.experts * FLASH.expert_bytes)))
+    folder = Path(tempfile.mkdtemp(prefix="loading-", dir=arguments.folder))
+    try:
+        write(folder, replace(FLASH, layers=layers))
+        report(folder, arguments.rounds)
+    finally:
+        shutil.rmtree(folder)
+
+
+def report(folder: Path, rounds: int) -> None:
+    """Run all ways in turns and print their medians."""
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for number in range(rounds):
+        for way in WAYS[number % 3 :] + WAYS[: number % 3]:  # who comes first changes
+            drop_from_cache(folder)
+            command = [sys.executable, __file__, "--folder", str(folder), "--way", way]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[way].append(json.loads(done.stdout))
+    rates = {way: statistics.median(line["rate"] for line in lines) for way, lines in found.items()}
+    for way, lines in found.items():
+        last = lines[-1]
+        each = " ".join(f"{line['rate'] / 1e9:.2f}" for line in lines)
+        print(
+            f"{way:<11} {rates[way] / 1e9:5.2f} GB/s ({each}), {rates[way] / rates['sequential']:.0%} of sequential; "
+            f"read/needed {last['read'] / last['needed']:.4f}; "
+            f"peak host memory {last['peak'] / 2**30:.2f} GiB, share {last['share'] / 2**30:.2f} GiB"
+        )
+
+
+def measure(folder: Path, way: str) -> dict[str, float]:
+    """One way in this process: rate in bytes a second, bytes, and memory above what the process had before."""
+    headers = read_headers(folder)
+    if way == "sequential":
+        needed, memory = stretches(folder), memoryview(bytearray(READ_BYTES))
+        before, started = peak(), time.perf_counter()
+        read = sum(read_through(file, offset, nbytes, memory) for file, offset, nbytes in needed)
+        seconds = time.perf_counter() - started
+        return {"rate": read / seconds, "read": read, "needed": read, "peak": peak() - before, "share": 0}
+    shape = headers.shape
+    specs = {layer: MoELayerSpec.of_rank(shape, layer, 0, EP) for layer in range(shape.layers)}
+    backends = {n: select_backend(s, Mxfp4Config(), arch="cpu", impl="reference") for n, s in specs.items()}
+    checkpoint, arrived = Checkpoint(headers), [0.0]
+    before, started = peak(), time.perf_counter()
+
+    def note(_: object) -> None:
+        arrived[0] = time.perf_counter() - started
+
+    reading = Reading(direct=way == "direct")
+    layers = load_layers(checkpoint, backends, Alone(), torch.device("cpu"), reading=reading, on_progress=note)
+    used = peak() - before
+    share = sum(t.nbytes for layer in layers.values() for t in (*layer.parameters(), *layer.buffers()))
+    needed_bytes = sum(nbytes for _, _, nbytes in stretches(folder))
+    check(folder, layers[shape.layers - 1].experts.get_parameter("w2_weight")[-1], headers)
+    return {
+        "rate": needed_bytes / arrived[0],
+        "read": checkpoint.bytes_read,
+        "needed": needed_bytes,
+        "peak": used,
+        "share": share,
+    }
+
+
+def check(folder: Path, arrived: torch.Tensor, headers: object) -> None:
+    """The last tensor that was read is, byte for byte, what the file holds."""
+    checkpoint = Checkpoint.open(folder)
+    shape = checkpoint.shape
+    expected = checkpoint.read_expert(shape.layers - 1, shape.experts // EP - 1)["w2.weight"]
+    if not torch.equal(arrived, expected):
+        sys.exit("what was loaded is not what the file holds")
+
+
+def stretches(folder: Path) -> list[tuple[Path, int, int]]:
+    """(file, offset, bytes) of what rank 0 needs, neighbours joined, in the order of the files."""
+    headers = read_headers(folder)
+    shape, mine = headers.shape, range(headers.shape.experts // EP)
+    wanted = [
+        info
+        for name, info in headers.tensors.items()
+        if ".experts." not in name or int(name.split(".experts.")[1].split(".")[0]) in mine
+    ]
+    found: list[tuple[Path, int, int]] = []
+    for info in sorted(wanted, key=lambda i: (i.file, i.offset)):
+        if found and found[-1][0] == info.file and sum(found[-1][1:]) == info.offset:
+            found[-1] = (info.file, found[-1][1], found[-1][2] + info.nbytes)
+        else:
+            found.append((info.file, info.offset, info.nbytes))
+    assert shape.experts % EP == 0
+    return found
+
+
+def read_through(file: Path, offset: int, nbytes: int, memory: memoryview) -> int:
+    """Read a stretch in order."""
+    done = 0
+    with file.open("rb", buffering=0) as f:
+        f.seek(offset)
+        while done < nbytes:
+            done += f.readinto(memory[: nbytes - done]) or sys.exit(f"{file}: too short")
+    return done
+
+
+def write(folder: Path, shape: ModelShape) -> None:
+    """A checkpoint of `shape` with random bytes; no scale is NaN."""
+    (folder / CONFIG).write_text(json.dumps(shape.to_config()))
+    weight_map = {}
+    block = os.urandom(READ_BYTES).replace(b"\xff", b"\x7f")
+    for layer in range(shape.layers):
+        file = folder / f"model-{layer + 1:05d}.safetensors"
+        specs = moe_specs(shape, layer)
+        weight_map |= dict.fromkeys(specs, file.name)
+        with file.open("wb") as f:
+            f.write(header_of(specs))
+            for name, spec in specs.items():
+                data = bytes(spec.nbytes) if spec.dtype == "I64" else (block * (spec.nbytes // len(block) + 1))
+                f.write(memoryview(data)[: spec.nbytes])
+                del name
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    os.sync()
+
+
+def header_of(specs: dict[str, TensorSpec]) -> bytes:
+    """Of a safetensors file with these tensors one after another."""
+    entries, end = {}, 0
+    for name, spec in specs.items():
+        begin, end = end, end + spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def drop_from_cache(folder: Path) -> None:
+    """The files' pages leave the page cache."""
+    for file in folder.iterdir():
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def peak() -> int:
+    """The most bytes that this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
