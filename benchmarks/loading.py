@@ -2,11 +2,11 @@
 
     python benchmarks/loading.py [--gib 4] [--rounds 3] [--folder /var/tmp]
 
-Writes a checkpoint with V4-Flash's tensors (fewer layers, random bytes), then in turns, each in a process of its own and
-with the files dropped from the page cache before: `sequential` reads the bytes of rank 0 of EP=4 file by file, each
+Writes a checkpoint with V4-Flash's tensors (fewer layers, random bytes), then in turns, each in a process of its own
+and with the files dropped from the page cache before: `sequential` reads the bytes of rank 0 of EP=4 file by file, each
 contiguous stretch from its beginning to its end in pieces of 16 MiB into one buffer; `loader` loads them into the
-layer's final tensors, which are then compared, and `direct` does so by O_DIRECT. Prints the median rates, bytes read over
-bytes needed, and the peak of host memory over the rank's share.
+layers' final tensors, the last of which is compared with the file, and `direct` does so by O_DIRECT. Prints the median
+rates, bytes read over bytes needed, and the peak of host memory beside the rank's share.
 """
 
 import argparse
@@ -19,20 +19,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Alone
-from moe_ep.headers import CONFIG, INDEX, read_headers
+from moe_ep.headers import CONFIG, INDEX, encode_header, read_headers
 from moe_ep.loading import Reading, load_layers
 from moe_ep.ranges import READ_BYTES
 from moe_ep.selector import select_backend
 from moe_ep.shape import ModelShape
 from moe_ep.spec import MoELayerSpec, Mxfp4Config
-from moe_ep.tensors import ITEM_BYTES, TensorSpec, layer_prefix, moe_specs
+from moe_ep.tensors import moe_specs
 
 FLASH = ModelShape(hidden=4096, intermediate=2048, layers=1, experts=256, top_k=6, vocab=129280)
 EP = 4
@@ -102,7 +102,7 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     used = peak() - before
     share = sum(t.nbytes for layer in layers.values() for t in (*layer.parameters(), *layer.buffers()))
     needed_bytes = sum(nbytes for _, _, nbytes in stretches(folder))
-    check(folder, layers[shape.layers - 1].experts.get_parameter("w2_weight")[-1], headers)
+    check(folder, layers[shape.layers - 1].experts.get_parameter("w2_weight")[-1])
     return {
         "rate": needed_bytes / arrived[0],
         "read": checkpoint.bytes_read,
@@ -112,7 +112,7 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     }
 
 
-def check(folder: Path, arrived: torch.Tensor, headers: object) -> None:
+def check(folder: Path, arrived: torch.Tensor) -> None:
     """The last tensor that was read is, byte for byte, what the file holds."""
     checkpoint = Checkpoint.open(folder)
     shape = checkpoint.shape
@@ -124,7 +124,7 @@ def check(folder: Path, arrived: torch.Tensor, headers: object) -> None:
 def stretches(folder: Path) -> list[tuple[Path, int, int]]:
     """(file, offset, bytes) of what rank 0 needs, neighbours joined, in the order of the files."""
     headers = read_headers(folder)
-    shape, mine = headers.shape, range(headers.shape.experts // EP)
+    mine = range(headers.shape.experts // EP)
     wanted = [
         info
         for name, info in headers.tensors.items()
@@ -136,7 +136,6 @@ def stretches(folder: Path) -> list[tuple[Path, int, int]]:
             found[-1] = (info.file, found[-1][1], found[-1][2] + info.nbytes)
         else:
             found.append((info.file, info.offset, info.nbytes))
-    assert shape.experts % EP == 0
     return found
 
 
@@ -153,30 +152,19 @@ def read_through(file: Path, offset: int, nbytes: int, memory: memoryview) -> in
 def write(folder: Path, shape: ModelShape) -> None:
     """A checkpoint of `shape` with random bytes; no scale is NaN."""
     (folder / CONFIG).write_text(json.dumps(shape.to_config()))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     block = os.urandom(READ_BYTES).replace(b"\xff", b"\x7f")
     for layer in range(shape.layers):
         file = folder / f"model-{layer + 1:05d}.safetensors"
         specs = moe_specs(shape, layer)
         weight_map |= dict.fromkeys(specs, file.name)
         with file.open("wb") as f:
-            f.write(header_of(specs))
-            for name, spec in specs.items():
+            f.write(encode_header(specs, {}))
+            for spec in specs.values():
                 data = bytes(spec.nbytes) if spec.dtype == "I64" else (block * (spec.nbytes // len(block) + 1))
                 f.write(memoryview(data)[: spec.nbytes])
-                del name
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     os.sync()
-
-
-def header_of(specs: dict[str, TensorSpec]) -> bytes:
-    """Of a safetensors file with these tensors one after another."""
-    entries, end = {}, 0
-    for name, spec in specs.items():
-        begin, end = end, end + spec.nbytes
-        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries).encode()
-    return len(text).to_bytes(8, "little") + text
 
 
 def drop_from_cache(folder: Path) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher import render, report
-from launcher.events import LAUNCHER, Event
+from launcher.events import LAUNCHER, Event, progress_text
 from launcher.plan import Plan
 from launcher.status import RunStatus
 
@@ -165,7 +165,7 @@ class Progress:
 
 def _progress_text(event: Event) -> str:
     if event.event == "progress":
-        return f"{event.stage} {event.data['done']}/{event.data['total']}"
+        return progress_text(event)
     if event.event == "failed":
         kind, text = event.error.get("type", ""), event.error.get("text", "")
         return f"{event.stage} failed: {next(iter(text.splitlines()), kind)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher import slurm
 from launcher.errors import InputError
-from launcher.events import LAUNCHER, Event, read_events
+from launcher.events import LAUNCHER, Event, progress_text, read_events
 from launcher.files import write_atomically
 from launcher.outcome import Outcome, judge, last_attempt
 from launcher.plan import read_plan
@@ -187,9 +187,7 @@ def progress(events: Sequence[Event], world: int) -> str:
     if not latest:
         return ""
     last = min(latest.values(), key=_how_far)
-    text = last.stage
-    if last.event == "progress":
-        text += f" {last.data['done']}/{last.data['total']}"
+    text = progress_text(last) if last.event == "progress" else last.stage
     return text if len(latest) == world else f"{text}, {len(latest)} of {world} ranks"
 
 

@@ -32,6 +32,7 @@ class Checkpoint:
     """
 
     def __init__(self, headers: CheckpointHeaders) -> None:
+        self.headers = headers
         self.path = headers.path
         self.shape = headers.shape
         self.tensors: Mapping[str, TensorInfo] = headers.tensors

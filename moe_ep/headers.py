@@ -4,6 +4,7 @@ Whatever the files say, nothing worse comes of it than a `CheckpointError`: no m
 largest header that is allowed, and no more time than reading it.
 """
 
+import hashlib
 import json
 import os
 import stat
@@ -23,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 MOST_HEADER_BYTES = 100_000_000
 """What safetensors itself allows."""
 MOST_JSON_BYTES = 200_000_000
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
 _MOST_DIMENSIONS = 16
 _LENGTH = struct.Struct("<Q")
 
@@ -113,6 +115,28 @@ def read_headers(path: Path) -> CheckpointHeaders:
     return CheckpointHeaders(path, shape, attention, tensors, {h.file: h.stamp for h in headers.values()})
 
 
+def fingerprint(headers: CheckpointHeaders) -> str:
+    """By which a checkpoint is known again, wherever it lies: a hash of its tensors' names, dtypes, shapes and places,
+    and of samples of every file's data, so that weights which were trained on differ though their headers do not.
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for info in sorted(headers.tensors.values(), key=lambda i: i.name):
+        digest.update(f"{info.name}|{info.file.name}|{info.spec}|{info.offset}\n".encode())
+    for file, stamp in sorted(headers.stamps.items()):
+        try:
+            with file.open("rb") as f:
+                for sample in range(_SAMPLES):
+                    digest.update(os.pread(f.fileno(), _SAMPLE_BYTES, stamp.size * sample // _SAMPLES))
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}") from None
+    return digest.hexdigest()
+
+
 def read_header(file: Path) -> Header:
     """Read and check one file's header: a length (u64, little-endian), JSON, then the tensors' bytes without gaps.
 
@@ -139,6 +163,26 @@ def read_header(file: Path) -> Header:
         raise CheckpointError(f"{file}: cannot be read: {error}") from None
     finally:
         os.close(descriptor)
+
+
+def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], *, length: int | None = None) -> bytes:
+    """The first bytes of a safetensors file with these tensors one after another, filled up to `length` with spaces.
+
+    Raises
+    ------
+    ValueError
+        If it takes more than `length`.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust((length or len(text) + _LENGTH.size) - _LENGTH.size)
+    if length is not None and _LENGTH.size + len(text) > length:
+        raise ValueError(f"the header takes {_LENGTH.size + len(text)} bytes, more than {length}")
+    return _LENGTH.pack(len(text)) + text
 
 
 def _header_text(file: Path, descriptor: int, size: int) -> tuple[bytes, int]:

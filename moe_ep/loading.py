@@ -31,6 +31,9 @@ class Reading:
     stall_s: float | None = None
 
 
+USUAL = Reading()
+
+
 @dataclass
 class _Parts:
     """A layer's tensors while they are read."""
@@ -50,7 +53,7 @@ def load_layers(
     device: torch.device,
     *,
     shared: Slice = WHOLE,
-    reading: Reading = Reading(),
+    reading: Reading = USUAL,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> dict[int, MoELayer]:
     """Read what the backends' rank holds of each layer: its experts, the router, its slice of the shared expert.

@@ -94,20 +94,24 @@ class ModelShape:
         weights = 3 * self.hidden * self.intermediate
         return weights // 2 + weights // MXFP4_BLOCK
 
-    def held_bytes(self, layers: Sequence[int], local_experts: int) -> dict[str, int]:
+    def held_bytes(
+        self, layers: Sequence[int], local_experts: int, *, expert_tp: int = 1, shared_tp: int = 1
+    ) -> dict[str, int]:
         """Bytes of `layers` on a rank that holds `local_experts` of each, by item, as they lie in memory.
 
         Routed experts are packed, with K padded to whole groups as the kernels read them (V4's need none); the shared
-        expert is held in bf16, the router as on disk.
+        expert is held in bf16, the router as on disk. Of each routed expert a rank holds one of `expert_tp` slices of
+        I, of the shared expert one of `shared_tp`.
         """
-        hidden, intermediate = (-(-k // KERNEL_GROUP) * KERNEL_GROUP for k in (self.hidden, self.intermediate))
-        codes = 2 * self.intermediate * hidden + self.hidden * intermediate
+        inner = self.intermediate // expert_tp
+        hidden, intermediate = (-(-k // KERNEL_GROUP) * KERNEL_GROUP for k in (self.hidden, inner))
+        codes = 2 * inner * hidden + self.hidden * intermediate
         gate = self.experts * self.hidden * 2
         table, bias = self.vocab * self.top_k * 8, self.experts * 4
         return {
             "routed experts": len(layers) * local_experts * (codes // 2 + codes // MXFP4_BLOCK),
             "expert maps": len(layers) * self.experts * 4,
-            "shared experts": len(layers) * self.shared_experts * 3 * self.hidden * self.intermediate * 2,
+            "shared experts": len(layers) * self.shared_experts * 3 * self.hidden * self.intermediate * 2 // shared_tp,
             "routers": sum(gate + (table if self.is_hash_layer(layer) else bias) for layer in layers),
         }
 
