@@ -254,10 +254,12 @@ def memory(where: Place, layers: dict[int, MoELayer], planned: dict[str, int], a
     """
     tensors = [t for layer in layers.values() for t in (*layer.parameters(), *layer.buffers())]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    total, measured = sum(planned.values()), sum(storages.values()) if allocated is None else allocated
     return {
         "planned": planned,
-        "planned_total": sum(planned.values()),
-        "measured_total": sum(storages.values()) if allocated is None else allocated,
+        "planned_total": total,
+        "measured_total": measured,
+        "difference": measured / total - 1,
         "process_resident": resident(),
         "free": free_memory(where.device),
     }

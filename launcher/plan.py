@@ -79,6 +79,13 @@ class Plan:
             scratch=self.scratch,
         )
 
+    def held_bytes(self, place: RankPlace) -> dict[str, int]:
+        """What a rank's layers take, by item."""
+        topology, layers = self.config.topology, layer_numbers(self.config)
+        return self.config.model.sizes.held_bytes(
+            layers, len(place.experts), expert_tp=topology.expert_tp, shared_tp=topology.shared_tp
+        )
+
     @property
     def scratch(self) -> str | None:
         """The run's folder on the nodes' own disks, which the ranks remove when they end."""
@@ -99,9 +106,7 @@ class Plan:
             "git_revision": self.git_revision,
             "command": list(self.command),
             "topology": [asdict(p) | {"experts": [p.experts.start, p.experts.stop]} for p in self.places],
-            "planned_bytes": self.config.model.sizes.held_bytes(
-                layer_numbers(self.config), len(self.places[0].experts)
-            ),
+            "planned_bytes": self.held_bytes(self.places[0]),
         }
         write_atomically(self.run_dir / PLAN, json.dumps(record, indent=2) + "\n")
         self.request().save(self.run_dir)

@@ -14,7 +14,7 @@ from moe_ep.headers import CheckpointError, TensorInfo
 from moe_ep.layer import MoELayer, RoutedExperts, SharedExpert
 from moe_ep.order import NAN_SCALE
 from moe_ep.placement import WHOLE, Placement, Slice
-from moe_ep.ranges import Piece, plan_reads
+from moe_ep.ranges import Piece, Read, plan_reads
 from moe_ep.reading import Progress, fetch
 from moe_ep.routing import Router
 from moe_ep.shape import ModelShape
@@ -35,7 +35,7 @@ USUAL = Reading()
 
 
 @dataclass
-class _Parts:
+class Parts:
     """A layer's tensors while they are read."""
 
     experts: RoutedExperts
@@ -68,14 +68,9 @@ def load_layers(
     StalledError
         As `fetch`.
     """
-    shape = checkpoint.shape
-    parts: dict[int, _Parts] = {}
-    pieces: list[Piece] = []
-    for layer, backend in backends.items():
-        parts[layer] = _empty(checkpoint, layer, backend, shared, device)
-        pieces += _pieces(checkpoint, layer, parts[layer])
+    parts, reads = plan_loading(checkpoint, backends, device, shared)
     checkpoint.bytes_read += fetch(
-        plan_reads(pieces),
+        reads,
         checkpoint.stamps,
         threads=reading.threads,
         direct=reading.direct,
@@ -84,7 +79,25 @@ def load_layers(
         allocate=allocator(device),
     )
     # Popped one by one, so that what is converted does not stay beside what it becomes.
-    return {layer: _finished(parts.pop(layer), shape, combine, device) for layer in list(parts)}
+    return {layer: _finished(parts.pop(layer), checkpoint.shape, combine, device) for layer in list(parts)}
+
+
+def plan_loading(
+    checkpoint: Checkpoint, backends: Mapping[int, MoEBackend], device: torch.device, shared: Slice = WHOLE
+) -> tuple[dict[int, Parts], list[Read]]:
+    """The layers' tensors, with nothing in them yet, and the reads that fill them.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is missing, or of another dtype or shape.
+    """
+    parts: dict[int, Parts] = {}
+    pieces: list[Piece] = []
+    for layer, backend in backends.items():
+        parts[layer] = _empty(checkpoint, layer, backend, shared, device)
+        pieces += _pieces(checkpoint, layer, parts[layer])
+    return parts, plan_reads(pieces)
 
 
 def load_layer(
@@ -99,7 +112,7 @@ def load_shared_expert(checkpoint: Checkpoint, layer: int) -> SharedExpert:
     return _shared_expert(checkpoint.read_shared_expert(layer), checkpoint.shape.swiglu_limit)
 
 
-def _empty(checkpoint: Checkpoint, layer: int, backend: MoEBackend, shared: Slice, device: torch.device) -> _Parts:
+def _empty(checkpoint: Checkpoint, layer: int, backend: MoEBackend, shared: Slice, device: torch.device) -> Parts:
     shape = checkpoint.shape
     with device:
         experts = RoutedExperts(backend, shape.swiglu_limit)
@@ -109,10 +122,10 @@ def _empty(checkpoint: Checkpoint, layer: int, backend: MoEBackend, shared: Slic
     def empty(specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
         return {name: torch.empty(s.shape, dtype=DTYPES[s.dtype], device=device) for name, s in specs.items()}
 
-    return _Parts(experts, empty(gate), empty(held if shape.shared_experts else {}), shared)
+    return Parts(experts, empty(gate), empty(held if shape.shared_experts else {}), shared)
 
 
-def _pieces(checkpoint: Checkpoint, layer: int, parts: _Parts) -> Iterator[Piece]:
+def _pieces(checkpoint: Checkpoint, layer: int, parts: Parts) -> Iterator[Piece]:
     """All that a rank wants of a layer."""
     shape, spec = checkpoint.shape, parts.experts.backend.spec
     prefix = layer_prefix(shape, layer)
@@ -147,7 +160,7 @@ def _slice(info: TensorInfo, target: Tensor, part: int, matrix: str) -> Piece:
     return into(info, target, first_row=part * target.shape[0])
 
 
-def _finished(parts: _Parts, shape: ModelShape, combine: Combine, device: torch.device) -> MoELayer:
+def _finished(parts: Parts, shape: ModelShape, combine: Combine, device: torch.device) -> MoELayer:
     _check_scales(parts)
     parts.experts.process_weights_after_loading()
     table = parts.gate.get("tid2eid")
@@ -160,7 +173,7 @@ def _finished(parts: _Parts, shape: ModelShape, combine: Combine, device: torch.
     return MoELayer(router, parts.experts, combine, shared, shared_is_sharded=sharded).to(device)
 
 
-def _check_scales(parts: _Parts) -> None:
+def _check_scales(parts: Parts) -> None:
     """Raise `CheckpointError` for the first tensor that has a NaN (255) among its e8m0 scales."""
     placement = parts.experts.backend.spec
     experts = Placement(placement.num_experts, placement.ep_size).experts(placement.ep_rank)

@@ -178,7 +178,11 @@ class _Worker:
                 self._by_way_of_memory(descriptor, read)
             else:
                 self._scatter(descriptor, read)
+        except CheckpointError:
+            self.stop.set()  # what has not begun yet would be read for nothing
+            raise
         except OSError as error:
+            self.stop.set()
             names = read.pieces[0].name + (f" to {read.pieces[-1].name}" if len(read.pieces) > 1 else "")
             raise CheckpointError(f"{read.file}: reading {names} failed: {error}") from None
 
