@@ -83,7 +83,10 @@ def test_variables_in_paths_come_from_the_environment() -> None:
     ("override", "message"),
     [
         ("topolgy.ep=2", r"topolgy: unknown key; did you mean 'topology'\?"),
-        ("topology.epp=2", r"topology\.epp: unknown key; did you mean 'ep'\? \(there are: ep, nodes,"),
+        (
+            "topology.epp=2",
+            r"topology\.epp: unknown key; did you mean 'ep'\? \(there are: dense, ep, expert_tp, nodes,",
+        ),
         ("model.shape.hiden=64", r"model\.shape\.hiden: unknown key; did you mean 'hidden'\?"),
         ("backend.impl=triton", r"backend\.impl: 'triton' is wrong: input should be 'auto', .*'triton_kernel'"),
         ("topology.ep=four", r"topology\.ep: 'four' is wrong: input should be a valid integer"),
@@ -142,7 +145,10 @@ def test_more_ranks_than_devices_and_more_time_than_the_cluster_gives_are_refuse
     with pytest.raises(InputError) as failure:
         load(
             CONFIGS / "v4pro-2node.yaml",
-            ["topology.ranks_per_node=8", "topology.tp=16", "topology.ep=16", "limits.time_min=721"],
+            [
+                "topology={nodes: 2, ranks_per_node: 8, tp: 16, ep: 16}",
+                "limits.time_min=721",
+            ],
         )
     devices, time = str(failure.value).splitlines()
     assert devices.endswith("ranks_per_node: 8 is more than the 4 devices of a node of beverin")

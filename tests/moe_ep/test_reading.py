@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def content(piece: Piece) -> bytes:
 
 
 RANGES = st.lists(st.integers(0, SIZE), max_size=40, unique=True).map(
-    lambda cuts: [(a, b) for a, b in zip(sorted(cuts), sorted(cuts)[1:], strict=False)]
+    lambda cuts: [(a, b) for a, b in pairwise(sorted(cuts))]
 )
 
 
@@ -66,7 +67,7 @@ def test_every_wanted_byte_arrives_in_its_place_and_hardly_another_is_read(
     assert sum(read.wanted for read in reads) == wanted
     assert all(read.nbytes - read.wanted <= GAP_SHARE * read.nbytes for read in reads)
     assert all(read.nbytes <= read_bytes and 2 * len(read.pieces) <= MOST_PARTS for read in reads)
-    assert all(a.offset + a.nbytes <= b.offset for a, b in zip(reads, reads[1:], strict=False))
+    assert all(a.offset + a.nbytes <= b.offset for a, b in pairwise(reads))
     got = fetch(reads, stamps(file), threads=3, direct=direct)
     assert [content(p) for p in pieces] == [CONTENT[p.offset : p.end] for p in pieces]
     assert direct or got == sum(read.nbytes for read in reads) <= wanted / (1 - GAP_SHARE)
@@ -80,7 +81,7 @@ def test_neighbours_become_one_read_and_a_large_tensor_several(file: Path) -> No
 
 
 def test_bytes_that_two_tensors_want_are_an_error_that_names_both(file: Path) -> None:
-    with pytest.raises(CheckpointError, match="x.safetensors: t5 and t0 want the same bytes"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: t5 and t0 want the same bytes"):
         plan_reads(pieces_of(file, [(0, 6), (5, 9)]))
 
 
