@@ -5,8 +5,8 @@
 Writes a checkpoint with V4-Flash's tensors (fewer layers, random bytes), then in turns, each in a process of its own
 and with the files dropped from the page cache before: `sequential` reads the bytes of rank 0 of EP=4 file by file, each
 contiguous stretch from its beginning to its end in pieces of 16 MiB into one buffer; `loader` loads them into the
-layers' final tensors, the last of which is compared with the file, and `direct` does so by O_DIRECT. Prints the median
-rates, bytes read over bytes needed, and the peak of host memory beside the rank's share.
+layers' final tensors, the last of which is compared with the file, `direct` does so by O_DIRECT, and `presharded` loads
+rank 0's own file. Prints the median rates, bytes read over bytes needed, and the peak of host memory beside the share.
 """
 
 import argparse
@@ -24,10 +24,13 @@ from pathlib import Path
 
 import torch
 
+from moe_ep import preshard
+from moe_ep.backends.base import MoEBackend
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Alone
-from moe_ep.headers import CONFIG, INDEX, encode_header, read_headers
+from moe_ep.headers import CONFIG, INDEX, encode_header, read_header, read_headers
 from moe_ep.loading import Reading, load_layers
+from moe_ep.placement import WHOLE, Placement
 from moe_ep.ranges import READ_BYTES
 from moe_ep.selector import select_backend
 from moe_ep.shape import ModelShape
@@ -36,7 +39,9 @@ from moe_ep.tensors import moe_specs
 
 FLASH = ModelShape(hidden=4096, intermediate=2048, layers=1, experts=256, top_k=6, vocab=129280)
 EP = 4
-WAYS = ("sequential", "loader", "direct")
+WAYS = ("sequential", "loader", "direct", "presharded")
+PRESHARDED = "presharded"
+"""Folder in the checkpoint's."""
 
 
 def main() -> None:
@@ -54,6 +59,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="loading-", dir=arguments.folder))
     try:
         write(folder, replace(FLASH, layers=layers))
+        preshard_rank(folder)
         report(folder, arguments.rounds)
     finally:
         shutil.rmtree(folder)
@@ -63,7 +69,7 @@ def report(folder: Path, rounds: int) -> None:
     """Run all ways in turns and print their medians."""
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for number in range(rounds):
-        for way in WAYS[number % 3 :] + WAYS[: number % 3]:  # who comes first changes
+        for way in WAYS[number % 4 :] + WAYS[: number % 4]:  # who comes first changes
             drop_from_cache(folder)
             command = [sys.executable, __file__, "--folder", str(folder), "--way", way]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -88,28 +94,51 @@ def measure(folder: Path, way: str) -> dict[str, float]:
         read = sum(read_through(file, offset, nbytes, memory) for file, offset, nbytes in needed)
         seconds = time.perf_counter() - started
         return {"rate": read / seconds, "read": read, "needed": read, "peak": peak() - before, "share": 0}
-    shape = headers.shape
-    specs = {layer: MoELayerSpec.of_rank(shape, layer, 0, EP) for layer in range(shape.layers)}
-    backends = {n: select_backend(s, Mxfp4Config(), arch="cpu", impl="reference") for n, s in specs.items()}
+    shape, backends = headers.shape, backends_of(headers.shape)
     checkpoint, arrived = Checkpoint(headers), [0.0]
     before, started = peak(), time.perf_counter()
 
     def note(_: object) -> None:
         arrived[0] = time.perf_counter() - started
 
-    reading = Reading(direct=way == "direct")
-    layers = load_layers(checkpoint, backends, Alone(), torch.device("cpu"), reading=reading, on_progress=note)
+    if way == "presharded":
+        manifest = preshard.read_manifest(folder / PRESHARDED)
+        layers, read = preshard.load_rank(
+            folder / PRESHARDED, manifest, 0, backends, Alone(), torch.device("cpu"), on_progress=note
+        )
+        needed_bytes = sum(
+            info.nbytes for info in read_header(folder / PRESHARDED / manifest.files[0]).tensors.values()
+        )
+    else:
+        reading = Reading(direct=way == "direct")
+        layers = load_layers(checkpoint, backends, Alone(), torch.device("cpu"), reading=reading, on_progress=note)
+        read, needed_bytes = checkpoint.bytes_read, sum(nbytes for _, _, nbytes in stretches(folder))
     used = peak() - before
     share = sum(t.nbytes for layer in layers.values() for t in (*layer.parameters(), *layer.buffers()))
-    needed_bytes = sum(nbytes for _, _, nbytes in stretches(folder))
     check(folder, layers[shape.layers - 1].experts.get_parameter("w2_weight")[-1])
     return {
         "rate": needed_bytes / arrived[0],
-        "read": checkpoint.bytes_read,
+        "read": read,
         "needed": needed_bytes,
         "peak": used,
         "share": share,
     }
+
+
+def backends_of(shape: ModelShape) -> dict[int, MoEBackend]:
+    """Of rank 0, which keeps weights as they come."""
+    specs = {layer: MoELayerSpec.of_rank(shape, layer, 0, EP) for layer in range(shape.layers)}
+    return {n: select_backend(s, Mxfp4Config(), arch="cpu", impl="reference") for n, s in specs.items()}
+
+
+def preshard_rank(folder: Path) -> None:
+    """Write rank 0's file."""
+    checkpoint = Checkpoint.open(folder)
+    backends, experts = backends_of(checkpoint.shape), Placement(checkpoint.shape.experts, EP)
+    manifest = preshard.manifest_of(checkpoint, backends, [experts.experts(r) for r in range(EP)], WHOLE)
+    preshard.write_rank(folder / PRESHARDED, manifest, 0, checkpoint, backends, WHOLE, torch.device("cpu"))
+    preshard.write_manifest(folder / PRESHARDED, manifest)
+    os.sync()
 
 
 def check(folder: Path, arrived: torch.Tensor) -> None:
@@ -169,7 +198,7 @@ def write(folder: Path, shape: ModelShape) -> None:
 
 def drop_from_cache(folder: Path) -> None:
     """The files' pages leave the page cache."""
-    for file in folder.iterdir():
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
         with file.open("rb") as f:
             os.fsync(f.fileno())
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

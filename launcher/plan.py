@@ -18,6 +18,7 @@ from launcher.errors import InputError
 from launcher.files import write_atomically
 from launcher.schema import Config
 from launcher.topology import RankPlace, rank_places
+from moe_ep.shape import PRESHARD_MANIFEST
 from moe_ep.shape import SYNTHETIC_FORMAT as FORMAT
 
 PLAN = "plan.json"
@@ -165,17 +166,29 @@ def problems_on_site(plan: Plan) -> list[str]:
     """What is wrong with the files that the run needs, as far as this machine can see."""
     model = plan.config.model
     paths = {"run.folder": plan.config.run.folder, "model.checkpoint": model.checkpoint}
+    paths["model.presharded"] = model.presharded
     paths["model.synthetic.folder"] = model.synthetic.folder if model.synthetic else None
     problems = [
         f"{key}: {path}: {', '.join(unset)} is not set here; set it, or --set {key}=/a/path"
         for key, path in paths.items()
         if path and (unset := unresolved(path))
     ]
+    if not problems and model.presharded is not None:
+        problems += _preshard_problems(model.presharded, plan.config.job.kind)
     if problems or model.synthetic is not None:
         return problems
     key = f"model.checkpoint: {plan.checkpoint}"
     needed = [Path(plan.checkpoint) / name for name in ("config.json", "model.safetensors.index.json")]
     return [f"{key}: no file {path}; expected a DeepSeek-V4 checkpoint" for path in needed if not path.is_file()]
+
+
+def _preshard_problems(folder: str, kind: str) -> list[str]:
+    manifest, key = Path(folder) / PRESHARD_MANIFEST, f"model.presharded: {folder}"
+    if kind == "preshard" and manifest.exists():
+        return [f"{key}: {manifest} exists; a pre-sharded folder is not overwritten, remove it first"]
+    if kind == "probe" and not manifest.is_file():
+        return [f"{key}: no file {manifest}: not pre-sharded, or not to its end; submit with --set job.kind=preshard"]
+    return []
 
 
 def _checkpoint(config: Config) -> str:

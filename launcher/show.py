@@ -111,6 +111,9 @@ def statuses(found: Sequence[RunStatus], problems: Sequence[str], out: Console, 
     # Only the columns that say something.
     used = [i for i, head in enumerate(heads) if i < 4 or any(row[i] for row in rows)]
     out.print(_table([heads[i] for i in used], [[Text(row[i]) for i in used] for row in rows]))
+    if len(found) == 1:
+        for rank, text in enumerate(found[0].ranks):
+            _plain(out, f"rank {rank}: {text or 'has not begun'}")
     for problem in problems:
         _plain(out, problem, style="yellow")
 

@@ -29,10 +29,10 @@ from moe_ep.ranges import Piece, plan_reads
 from moe_ep.reading import Progress, fetch
 from moe_ep.routing import Router
 from moe_ep.shape import KERNEL_GROUP, MXFP4_BLOCK, ModelShape
+from moe_ep.shape import PRESHARD_MANIFEST as MANIFEST
 from moe_ep.targets import allocator, into
 from moe_ep.tensors import TensorSpec
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 """Raised when files of this form are laid out otherwise."""
 

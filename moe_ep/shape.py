@@ -15,6 +15,9 @@ FP8_BLOCK = 128
 
 LARGEST, MOST_LAYERS = 10**7, 10**4  # far above any model: what is larger is a slip of the keyboard
 
+PRESHARD_MANIFEST = "manifest.json"
+"""What makes a folder of pre-sharded files whole (`moe_ep.preshard`)."""
+
 SYNTHETIC_FORMAT = 1
 """Raised when `synthetic` writes other bytes for the same sizes and seed."""
 

@@ -18,7 +18,7 @@ def into(info: TensorInfo, target: Tensor, *, first_row: int = 0) -> Piece:
     offset = info.offset + first_row * row_bytes
     if target.device.type == "cpu":
         return Piece(info.name, info.file, offset, nbytes, host_bytes(target))
-    return Piece(info.name, info.file, offset, nbytes, _copy_to(target))
+    return Piece(info.name, info.file, offset, nbytes, copy_into(target))
 
 
 def into_columns(info: TensorInfo, target: Tensor, first_column: int) -> Piece:
@@ -61,7 +61,8 @@ def _take_part_of_row(data: Tensor, at: int, row: Tensor, columns: slice) -> Non
         row[start - columns.start : stop - columns.start].copy_(data[start - at : stop - at])
 
 
-def _copy_to(target: Tensor) -> Callable[[int, memoryview], None]:
+def copy_into(target: Tensor) -> Callable[[int, memoryview], None]:
+    """A sink that copies to `target`, contiguous and on any device."""
     flat = target.reshape(-1).view(torch.uint8)
 
     def copy(at: int, data: memoryview) -> None:

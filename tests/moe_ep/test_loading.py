@@ -1,6 +1,7 @@
 """A rank's layers from a checkpoint: cut in every way, into bounded memory, and refused where a value is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,8 +19,9 @@ from moe_ep.headers import CheckpointError
 from moe_ep.layer import MoELayer
 from moe_ep.loading import Reading, load_layers
 from moe_ep.placement import WHOLE, Placement, Slice
-from moe_ep.preshard import MANIFEST, Manifest
+from moe_ep.preshard import Manifest
 from moe_ep.selector import select_backend
+from moe_ep.shape import PRESHARD_MANIFEST as MANIFEST
 from moe_ep.shape import ModelShape
 from moe_ep.spec import MoELayerSpec, Mxfp4Config
 from moe_ep.synthetic import write_checkpoint
@@ -258,7 +260,7 @@ def test_a_full_disk_leaves_no_half_written_file(whole: Path, tmp_path: Path, mo
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preshard.os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(CheckpointError, match=r"rank-00000-of-00002\.safetensors: cannot be written: .*No space left"):
         presharded(whole, tmp_path / "pre", "reference")
     assert list((tmp_path / "pre").iterdir()) == []

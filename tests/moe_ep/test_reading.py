@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from moe_ep.headers import CheckpointError, FileStamp, TensorInfo
 from moe_ep.ranges import GAP_SHARE, MOST_PARTS, Piece, plan_reads
-from moe_ep.reading import Progress, StalledError, fetch
-from moe_ep.targets import into_columns
+from moe_ep.reading import Progress, StalledError, aligned_memory, fetch
+from moe_ep.targets import copy_into, into_columns
 from moe_ep.tensors import TensorSpec
 
 SIZE = 300_000
@@ -94,6 +94,20 @@ def test_a_sink_gets_every_byte_with_its_place_in_the_tensor(file: Path) -> None
     piece = Piece("t", file, 77, 200_000, sink)
     fetch(plan_reads([piece], read_bytes=30_000), stamps(file))
     assert bytes(got) == CONTENT[77 : 77 + 200_000]
+
+
+def test_a_device_s_tensor_is_copied_to_from_bounded_memory(file: Path) -> None:
+    target, taken = torch.zeros(100, 250, dtype=torch.float32), []
+
+    def allocate(nbytes: int) -> memoryview:
+        taken.append(nbytes)
+        return aligned_memory(nbytes)
+
+    piece = Piece("t", file, 12, target.nbytes, copy_into(target))
+    fetch(plan_reads([piece], read_bytes=8192), stamps(file), threads=2, allocate=allocate)
+    assert target.numpy().tobytes() == CONTENT[12 : 12 + target.nbytes]
+    assert len(taken) <= 4
+    assert max(taken) <= 8192
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
