@@ -12,7 +12,6 @@ rank 0's own file. Prints the median rates, bytes read over bytes needed, and th
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -205,8 +204,9 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def peak() -> int:
-    """The most bytes that this process has had resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most bytes that this process has had resident (getrusage's figure begins with the parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 if __name__ == "__main__":

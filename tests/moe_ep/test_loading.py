@@ -137,7 +137,7 @@ def test_fp8_experts_with_f32_scales_of_a_base_checkpoint_are_refused(path: Path
 
 
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 from moe_ep.checkpoint import Checkpoint
@@ -149,7 +149,9 @@ checkpoint = Checkpoint.open(Path(sys.argv[1]))
 layers = range(checkpoint.shape.layers)
 specs = {n: MoELayerSpec.of_rank(checkpoint.shape, n, 0, 2) for n in layers}
 backends = {n: select_backend(s, Mxfp4Config(), arch="gfx942", impl="triton_kernel") for n, s in specs.items()}
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # getrusage's figure begins with the parent's
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 torch.ones(8, 8) @ torch.ones(8, 8)
 before = peak()
 loaded = load_layers(checkpoint, backends, Alone(), torch.device("cpu"))
@@ -159,14 +161,14 @@ print(peak() - before, held)
 
 
 def test_loading_takes_little_memory_beyond_what_stays(tmp_path: Path) -> None:
-    shape = ModelShape(hidden=1024, intermediate=512, layers=6, experts=32, top_k=2, vocab=32)
+    shape = ModelShape(hidden=512, intermediate=512, layers=4, experts=32, top_k=2, vocab=32)
     write_checkpoint(tmp_path / "model", shape)
     command = [sys.executable, "-c", PEAK, str(tmp_path / "model")]
     env = importable() | {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     peak, held = map(int, done.stdout.split())
-    assert held > 80e6
-    assert peak < held + 64e6, "what is converted does not stay beside what it becomes"
+    assert held > 25e6
+    assert peak < held + 32e6, "what is converted does not stay beside what it becomes"
 
 
 def presharded(
