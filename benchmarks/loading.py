@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from moe_ep import manifest as manifests
 from moe_ep import preshard
 from moe_ep.backends.base import MoEBackend
 from moe_ep.checkpoint import Checkpoint
@@ -73,13 +74,15 @@ def report(folder: Path, rounds: int) -> None:
             command = [sys.executable, __file__, "--folder", str(folder), "--way", way]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[way].append(json.loads(done.stdout))
+            print(f"# {way} {found[way][-1]}", file=sys.stderr)
     rates = {way: statistics.median(line["rate"] for line in lines) for way, lines in found.items()}
     for way, lines in found.items():
         last = lines[-1]
         each = " ".join(f"{line['rate'] / 1e9:.2f}" for line in lines)
         print(
             f"{way:<11} {rates[way] / 1e9:5.2f} GB/s ({each}), {rates[way] / rates['sequential']:.0%} of sequential; "
-            f"read/needed {last['read'] / last['needed']:.4f}; "
+            f"read/needed {last['read'] / last['needed']:.4f}, of it from the disk "
+            f"{min(line['disk'] / line['read'] for line in lines):.0%}; "
             f"peak host memory {last['peak'] / 2**30:.2f} GiB, share {last['share'] / 2**30:.2f} GiB"
         )
 
@@ -89,19 +92,27 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     headers = read_headers(folder)
     if way == "sequential":
         needed, memory = stretches(folder), memoryview(bytearray(READ_BYTES))
-        before, started = peak(), time.perf_counter()
+        before, disk, started = peak(), from_disk(), time.perf_counter()
         read = sum(read_through(file, offset, nbytes, memory) for file, offset, nbytes in needed)
         seconds = time.perf_counter() - started
-        return {"rate": read / seconds, "read": read, "needed": read, "peak": peak() - before, "share": 0}
+        disk = from_disk() - disk
+        return {
+            "rate": read / seconds,
+            "read": read,
+            "disk": disk,
+            "needed": read,
+            "peak": peak() - before,
+            "share": 0,
+        }
     shape, backends = headers.shape, backends_of(headers.shape)
     checkpoint, arrived = Checkpoint(headers), [0.0]
-    before, started = peak(), time.perf_counter()
+    before, disk, started = peak(), from_disk(), time.perf_counter()
 
     def note(_: object) -> None:
         arrived[0] = time.perf_counter() - started
 
     if way == "presharded":
-        manifest = preshard.read_manifest(folder / PRESHARDED)
+        manifest = manifests.read_manifest(folder / PRESHARDED)
         layers, read = preshard.load_rank(
             folder / PRESHARDED, manifest, 0, backends, Alone(), torch.device("cpu"), on_progress=note
         )
@@ -112,12 +123,13 @@ def measure(folder: Path, way: str) -> dict[str, float]:
         reading = Reading(direct=way == "direct")
         layers = load_layers(checkpoint, backends, Alone(), torch.device("cpu"), reading=reading, on_progress=note)
         read, needed_bytes = checkpoint.bytes_read, sum(nbytes for _, _, nbytes in stretches(folder))
-    used = peak() - before
+    used, disk = peak() - before, from_disk() - disk
     share = sum(t.nbytes for layer in layers.values() for t in (*layer.parameters(), *layer.buffers()))
     check(folder, layers[shape.layers - 1].experts.get_parameter("w2_weight")[-1])
     return {
         "rate": needed_bytes / arrived[0],
         "read": read,
+        "disk": disk,
         "needed": needed_bytes,
         "peak": used,
         "share": share,
@@ -134,9 +146,9 @@ def preshard_rank(folder: Path) -> None:
     """Write rank 0's file."""
     checkpoint = Checkpoint.open(folder)
     backends, experts = backends_of(checkpoint.shape), Placement(checkpoint.shape.experts, EP)
-    manifest = preshard.manifest_of(checkpoint, backends, [experts.experts(r) for r in range(EP)], WHOLE)
+    manifest = manifests.manifest_of(checkpoint, backends, [experts.experts(r) for r in range(EP)], WHOLE)
     preshard.write_rank(folder / PRESHARDED, manifest, 0, checkpoint, backends, WHOLE, torch.device("cpu"))
-    preshard.write_manifest(folder / PRESHARDED, manifest)
+    manifests.write_manifest(folder / PRESHARDED, manifest)
     os.sync()
 
 
@@ -201,6 +213,12 @@ def drop_from_cache(folder: Path) -> None:
         with file.open("rb") as f:
             os.fsync(f.fileno())
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def from_disk() -> int:
+    """Bytes that the kernel has fetched from storage for this process: not what the page cache had."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
 
 
 def peak() -> int:

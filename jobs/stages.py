@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jobs.environment import free_memory, resident
 from jobs.request import ProbeRequest
+from moe_ep import manifest as manifests
 from moe_ep import preshard as preshard_files
 from moe_ep.backends.base import MoEBackend
 from moe_ep.checkpoint import Checkpoint
@@ -137,8 +138,8 @@ def load(
         read = checkpoint.bytes_read
     else:
         folder = Path(request.presharded)
-        found = preshard_files.read_manifest(folder)
-        preshard_files.check_matches(folder, found, manifest(request, where, checkpoint))
+        found = manifests.read_manifest(folder)
+        manifests.check_matches(folder, found, manifest(request, where, checkpoint))
         layers, read = preshard_files.load_rank(
             *(folder, found, where.group_rank, wanted, combine, where.device),
             reading=reading(request),
@@ -162,7 +163,7 @@ def preshard(
         If the folder is finished already, a file cannot be read or cannot be written.
     """
     folder = Path(request.presharded or "")
-    preshard_files.check_new(folder)
+    manifests.check_new(folder)
     dist.barrier()  # nobody finishes it before all have looked
     written = 0
     if where.replica == 0:
@@ -184,14 +185,14 @@ def preshard(
 
 def finish_preshard(request: ProbeRequest, where: Place, checkpoint: Checkpoint) -> None:
     """Once every rank's file is written: the manifest, which makes the folder whole."""
-    preshard_files.write_manifest(Path(request.presharded or ""), manifest(request, where, checkpoint))
+    manifests.write_manifest(Path(request.presharded or ""), manifest(request, where, checkpoint))
 
 
-def manifest(request: ProbeRequest, where: Place, checkpoint: Checkpoint) -> preshard_files.Manifest:
+def manifest(request: ProbeRequest, where: Place, checkpoint: Checkpoint) -> manifests.Manifest:
     """What files of this run's ranks are of."""
     placement = Placement(request.shape.experts, request.ep)
     places = [placement.experts(r if request.ep > 1 else 0) for r in range(where.group_size)]
-    return preshard_files.manifest_of(checkpoint, backends(request, where), places, shared_slice(request, where))
+    return manifests.manifest_of(checkpoint, backends(request, where), places, shared_slice(request, where))
 
 
 def backends(request: ProbeRequest, where: Place) -> dict[int, MoEBackend]:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from launcher import config as configuration
-from launcher import events, logs, memory, report, runs, show, show_memory, submit, watch
+from launcher import events, fit, logs, report, runs, show, show_memory, submit, watch
 from launcher import plan as planning
 from launcher.errors import InputError
 from launcher.status import statuses
@@ -25,7 +25,7 @@ err = Console(stderr=True)
 def plan(config: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     """`launcher plan`. Returns the exit code, as all of these do."""
     made = planning.make_plan(configuration.load(config, overrides), "plan")
-    found = memory.plan_memory(made.config, Path(made.checkpoint))
+    found = fit.plan_memory(made.config, Path(made.checkpoint))
     show_memory.memory_plan(made.config, found, out, as_json=as_json)
     return FAILED if found.job.state == "does not fit" else WELL
 
@@ -61,7 +61,7 @@ def start(
 
 def _too_large(plan: planning.Plan) -> list[str]:
     """Why the job's memory does not fit, by the same plan as `launcher plan` shows."""
-    found = memory.plan_memory(plan.config, Path(plan.checkpoint)).job
+    found = fit.plan_memory(plan.config, Path(plan.checkpoint)).job
     return [f"memory: {show_memory.describe(found)}; --force submits it"] if found.state == "does not fit" else []
 
 

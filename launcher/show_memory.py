@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launcher.memory import MemoryPlan, RankMemory, Scope, Verdict
+from launcher.fit import MemoryPlan, Verdict
+from launcher.memory import RankMemory, Scope
 from launcher.schema import Config
 from launcher.units import size
 

@@ -139,6 +139,8 @@ class _Files:
             if file not in self._open:
                 flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
                 self._open[file] = os.open(file, flags)
+                with suppress(OSError):  # no reading ahead: what follows a read is another thread's, or nobody's
+                    os.posix_fadvise(self._open[file], 0, 0, os.POSIX_FADV_RANDOM)
                 self._check(file)
             return self._open[file]
 

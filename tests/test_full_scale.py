@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from launcher.config import load
-from launcher.memory import plan_memory
+from launcher.fit import plan_memory
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.headers import read_headers
 from moe_ep.loading import plan_loading

@@ -11,7 +11,8 @@ import pytest
 
 from launcher.config import load
 from launcher.errors import InputError
-from launcher.memory import MemoryPlan, RankMemory, kv_bytes, plan_memory
+from launcher.fit import MemoryPlan, plan_memory
+from launcher.memory import RankMemory, kv_bytes
 from launcher.show_memory import describe
 from moe_ep.headers import CONFIG
 from moe_ep.synthetic import write_checkpoint

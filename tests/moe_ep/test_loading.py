@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_ep import manifest as manifests
 from moe_ep import preshard
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Alone
@@ -18,8 +19,8 @@ from moe_ep.dense import dense_layer
 from moe_ep.headers import CheckpointError
 from moe_ep.layer import MoELayer
 from moe_ep.loading import Reading, load_layers
+from moe_ep.manifest import Manifest
 from moe_ep.placement import WHOLE, Placement, Slice
-from moe_ep.preshard import Manifest
 from moe_ep.selector import select_backend
 from moe_ep.shape import PRESHARD_MANIFEST as MANIFEST
 from moe_ep.shape import ModelShape
@@ -182,13 +183,13 @@ def presharded(
     for rank in range(ep):
         specs = {n: MoELayerSpec.of_rank(SHAPE, n, rank, ep) for n in SHAPE.all_layers}
         backends = {n: select_backend(s, Mxfp4Config(), arch=arch, impl=impl) for n, s in specs.items()}
-        manifest = preshard.manifest_of(checkpoint, backends, experts, shared)
+        manifest = manifests.manifest_of(checkpoint, backends, experts, shared)
         mine = replace(shared, rank=rank) if shared.size > 1 else WHOLE
         preshard.write_rank(folder, manifest, rank, checkpoint, backends, mine, CPU)
         loaded_, read = preshard.load_rank(folder, manifest, rank, backends, Alone(), CPU, reading=Reading(direct=True))
         assert read <= 1.02 * (folder / manifest.files[rank]).stat().st_size
         layers.append(loaded_)
-    preshard.write_manifest(folder, manifest)
+    manifests.write_manifest(folder, manifest)
     return manifest, layers
 
 
@@ -209,7 +210,7 @@ def test_what_is_pre_sharded_is_what_would_have_been_loaded_bit_for_bit(
             assert all(torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8)) for name in left)
             orders = [getattr(m[number].experts, "weight_order", "checkpoint") for m in (layers, expected)]
             assert orders[0] == orders[1]
-    assert preshard.read_manifest(tmp_path / "pre") == manifest
+    assert manifests.read_manifest(tmp_path / "pre") == manifest
     assert {p.name for p in (tmp_path / "pre").iterdir()} == {MANIFEST, *manifest.files}
 
 
@@ -228,26 +229,26 @@ def test_a_folder_that_was_pre_sharded_for_something_else_is_refused(
     whole: Path, tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     manifest, _ = presharded(whole, tmp_path / "pre", "reference")
-    preshard.check_matches(tmp_path / "pre", manifest, manifest)
+    manifests.check_matches(tmp_path / "pre", manifest, manifest)
     other = replace(manifest, **change)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=rf"manifest\.json: pre-sharded for something else: .*{message}"):
-        preshard.check_matches(tmp_path / "pre", other, manifest)
+        manifests.check_matches(tmp_path / "pre", other, manifest)
 
 
 def test_a_pre_sharding_that_did_not_end_or_is_damaged_is_refused(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pre"
     manifest, _ = presharded(whole, folder, "reference")
     with pytest.raises(CheckpointError, match=r"manifest\.json: exists; a pre-sharded folder is not overwritten"):
-        preshard.check_new(folder)
+        manifests.check_new(folder)
     (folder / MANIFEST).write_text("{}")
     with pytest.raises(CheckpointError, match=r"manifest\.json: damaged: KeyError"):
-        preshard.read_manifest(folder)
+        manifests.read_manifest(folder)
     (folder / MANIFEST).write_text('{"format": 99}')
     with pytest.raises(CheckpointError, match=r"manifest\.json: format 99, this version reads 1"):
-        preshard.read_manifest(folder)
+        manifests.read_manifest(folder)
     (folder / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="was not pre-sharded, or not to its end"):
-        preshard.read_manifest(folder)
+        manifests.read_manifest(folder)
     specs = {0: MoELayerSpec.of_rank(SHAPE, 0, 0, 2)}
     backends = {n: select_backend(s, Mxfp4Config(), arch="cpu", impl="reference") for n, s in specs.items()}
     with pytest.raises(CheckpointError, match=r"rank-00000-of-00002\.safetensors: was not written with"):
