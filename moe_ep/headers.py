@@ -211,7 +211,7 @@ def _parse(file: Path, stamp: FileStamp, text: bytes, begin: int) -> Header:
     for info in sorted(tensors.values(), key=lambda i: (i.offset, i.nbytes)):
         if previous is not None and info.offset < previous.offset + previous.nbytes:
             raise _damaged(file, f"{info.name} overlaps {previous.name}")
-        previous = info if info.nbytes or previous is None else previous
+        previous = info
     return Header(file, stamp, tensors, {str(k): str(v) for k, v in metadata.items()})
 
 

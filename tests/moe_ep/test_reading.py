@@ -80,6 +80,22 @@ def test_neighbours_become_one_read_and_a_large_tensor_several(file: Path) -> No
     assert [(read.offset, read.nbytes) for read in large] == [(1000, 3096), (4096, 4096), (8192, 2808)]
 
 
+def test_a_read_is_of_one_file_and_each_file_is_read_in_order(file: Path) -> None:
+    other = file.with_name("y.safetensors")
+    other.write_bytes(CONTENT[::-1])
+    pieces = pieces_of(file, [(0, 50), (100, 200)]) + pieces_of(other, [(50, 60), (0, 50), (60, 70)])
+    reads = plan_reads(reversed(pieces))
+    assert [(read.file, read.offset, len(read.pieces)) for read in reads] == [
+        (file, 0, 1),
+        (file, 100, 1),
+        (other, 0, 3),
+    ]
+    fetch(reads, stamps(file, other))
+    assert [content(p) for p in pieces] == [
+        (CONTENT if p.file == file else CONTENT[::-1])[p.offset : p.end] for p in pieces
+    ]
+
+
 def test_bytes_that_two_tensors_want_are_an_error_that_names_both(file: Path) -> None:
     with pytest.raises(CheckpointError, match=r"x\.safetensors: t5 and t0 want the same bytes"):
         plan_reads(pieces_of(file, [(0, 6), (5, 9)]))
