@@ -1,12 +1,19 @@
-"""The probe: env → selector → weights → parity → memory → throughput → done, on every rank; or env → tune → done."""
+"""The probe: env → selector → weights → parity → memory → throughput → done, on every rank; or env → tune → done;
+or env → selector → weights → done, where the weights are written for later probes."""
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from jobs.arrivals import Arrivals
 from jobs.events import EventLog
 from jobs.rank import Rank, join, leave_on_signal
 from jobs.request import ProbeRequest
+
+if TYPE_CHECKING:
+    from moe_ep.reading import Progress
 
 
 def run(run_dir: str) -> None:
@@ -37,14 +44,12 @@ def run(run_dir: str) -> None:
 
 def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> None:
     with log.stage("env") as data:
-        import torch.distributed as dist
-
         from jobs import environment, stages, throughput
         from moe_ep.selector import NoBackendError
 
         device = environment.pick_device(rank.local_rank, request.arch)
         data |= environment.describe(device)
-        join(rank, folder, device, request.rank_timeout_s)
+        store = join(rank, folder, device, request.rank_timeout_s)
         data["hosts"] = _check_hosts(request, rank)
         where = stages.place(request, rank.rank, device)
 
@@ -64,17 +69,24 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
 
     with log.stage("weights") as data:
         planned = data["planned"] = stages.check_fits(request, where)
+        arrivals = Arrivals(store, rank.rank, rank.world)
         checkpoint = stages.open_checkpoint(request, where)
         before = environment.allocated(device)
-        layers = stages.load(
-            request,
-            where,
-            checkpoint,
-            lambda done: log.write("progress", done=done, total=len(request.layers)),
-        )
+        loading = _tell(log, arrivals)
+        if request.kind == "preshard":
+            data |= stages.preshard(request, where, checkpoint, loading)
+        else:
+            layers, loaded = stages.load(request, where, checkpoint, loading)
+            data |= loaded
+        arrivals.tell(0, ended=True)
+        arrivals.wait(request.rank_timeout_s)
         grown = None if before is None else (environment.allocated(device) or 0) - before
-        data |= {"bytes_read": checkpoint.bytes_read, "layers": list(layers)}
-        dist.barrier()
+
+    if request.kind == "preshard":
+        if rank.rank == 0:
+            stages.finish_preshard(request, where, checkpoint)
+        _end(log)
+        return
 
     with log.stage("parity") as data:
         data |= {"tokens": request.parity_tokens, "tolerance": request.parity_tolerance, "layers": {}}
@@ -98,6 +110,23 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
         data["device_peak"] = environment.peak(device)
 
     _end(log)
+
+
+def _tell(log: EventLog, arrivals: Arrivals) -> Callable[["Progress"], None]:
+    """Bytes, rate and time left, to those who watch and to the ranks that wait."""
+
+    def tell(progress: "Progress") -> None:
+        arrivals.tell(progress.done)
+        log.write(
+            "progress",
+            done=progress.done,
+            total=progress.total,
+            unit="bytes",
+            rate=progress.rate,
+            left_s=progress.left_s,
+        )
+
+    return tell
 
 
 def _end(log: EventLog) -> None:

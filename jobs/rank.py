@@ -98,8 +98,8 @@ def port_block(job_id: int) -> range:
     return range(start, start + PORTS)
 
 
-def join(rank: Rank, run_dir: Path, device: "torch.device", timeout_s: int) -> None:
-    """Bring up torch.distributed over all ranks.
+def join(rank: Rank, run_dir: Path, device: "torch.device", timeout_s: int) -> "TCPStore":
+    """Bring up torch.distributed over all ranks. Returns the store by which they can tell each other things.
 
     Rank 0 listens on the first free port of the job's block and publishes where in the run folder, which all
     ranks share. So a port that is taken costs a retry, never the job.
@@ -124,6 +124,7 @@ def join(rank: Rank, run_dir: Path, device: "torch.device", timeout_s: int) -> N
         timeout=timedelta(seconds=timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
+    return store
 
 
 def _listen(rank: Rank, address: Path, timeout_s: int) -> "TCPStore":

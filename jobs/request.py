@@ -12,16 +12,25 @@ REQUEST = "request.json"
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """One probe, or one tuning. Rank r stands at place r % ep of EP group r // ep."""
+    """One probe, tuning or pre-sharding. Rank r stands at place r % g of group r // g, g = `group_size`."""
 
     seed: int
     nodes: int
     ranks_per_node: int
     ep: int
+    expert_tp: int
+    """Ranks that share out each expert's I; above 1 only where `ep` is 1."""
+    shard_shared_expert: bool
+    """Whether the ranks that combine experts each hold a slice of the shared expert, or all of it."""
     arch: str
     """What every rank's device must be: "gfx942", "sm90", "cpu"."""
     impl: str
     checkpoint: str
+    presharded: str | None
+    """Folder with each rank's tensors in one file, in the backend's order: read by a probe, written by a preshard."""
+    read_threads: int
+    read_direct: bool
+    """Whether files are read by O_DIRECT."""
     synthesise: bool
     """Whether rank 0 writes the checkpoint, from `shape` and `seed`, where it does not exist."""
     shape: ModelShape
@@ -33,7 +42,7 @@ class ProbeRequest:
     batch_sizes: tuple[int, ...]
     warmup: int
     repeats: int
-    kind: Literal["probe", "tune"]
+    kind: Literal["probe", "tune", "preshard"]
     tune_tokens: tuple[int, ...]
     tune_quick: bool
     rank_timeout_s: int
@@ -45,6 +54,11 @@ class ProbeRequest:
     def world(self) -> int:
         """Number of ranks."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def group_size(self) -> int:
+        """Ranks that hold a layer's experts together, and add their partials up."""
+        return max(self.ep, self.expert_tp)
 
     def save(self, run_dir: Path) -> None:
         """Write it into a run folder."""

@@ -1,5 +1,6 @@
 """The stages of a probe on one rank. Each takes what it needs and returns what the report will hold."""
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,11 +14,16 @@ from torch import Tensor
 
 from jobs.environment import free_memory, resident
 from jobs.request import ProbeRequest
+from moe_ep import manifest as manifests
+from moe_ep import preshard as preshard_files
+from moe_ep.backends.base import MoEBackend
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import combine_for
 from moe_ep.dense import dense_layer
 from moe_ep.layer import MoELayer
-from moe_ep.loading import load_layer
+from moe_ep.loading import Reading, load_layers
+from moe_ep.placement import WHOLE, Placement, Slice
+from moe_ep.reading import Progress
 from moe_ep.selector import SelectionRecord, explain_selection, select_backend
 from moe_ep.spec import MoELayerSpec, Mxfp4Config
 from moe_ep.synthetic import write_checkpoint
@@ -35,27 +41,27 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's device and its place in the expert-parallel world."""
+    """A rank's device and its place among the ranks that hold a layer's experts together."""
 
     rank: int
     world: int
-    ep_rank: int
-    ep_size: int
+    group_rank: int
+    group_size: int
     replica: int
-    """Which EP group: the groups hold the same experts and work on different tokens."""
+    """Which group: the groups hold the same experts and work on different tokens."""
     group: dist.ProcessGroup | None
     device: torch.device
 
 
 def place(request: ProbeRequest, rank: int, device: torch.device) -> Place:
-    """Split the world into EP groups of consecutive ranks. Every rank must call it."""
-    ep, mine = request.ep, None
-    for first in range(0, request.world, ep):
+    """Split the world into groups of consecutive ranks. Every rank must call it."""
+    size, mine = request.group_size, None
+    for first in range(0, request.world, size):
         # Without a timeout of its own a group takes the backend's default, half an hour.
-        group = dist.new_group(list(range(first, first + ep)), timeout=timedelta(seconds=request.rank_timeout_s))
-        if first <= rank < first + ep:
+        group = dist.new_group(list(range(first, first + size)), timeout=timedelta(seconds=request.rank_timeout_s))
+        if first <= rank < first + size:
             mine = group
-    return Place(rank, request.world, rank % ep, ep, rank // ep, mine, device)
+    return Place(rank, request.world, rank % size, size, rank // size, mine, device)
 
 
 def select(request: ProbeRequest, where: Place) -> SelectionRecord:
@@ -94,7 +100,10 @@ def check_fits(request: ProbeRequest, where: Place) -> dict[str, int]:
         If they are more than the memory that is free now.
     """
     spec = _spec(request, where, request.layers[0])
-    planned = request.shape.held_bytes(request.layers, spec.num_local_experts)
+    shared = shared_slice(request, where)
+    planned = request.shape.held_bytes(
+        request.layers, spec.num_local_experts, expert_tp=request.expert_tp, shared_tp=shared.size
+    )
     workspace = request.shape.workspace_bytes(max(*request.batch_sizes, request.parity_tokens))
     # Ranks on a CPU share the host's memory.
     free = free_memory(where.device) // (request.ranks_per_node if where.device.type == "cpu" else 1)
@@ -103,34 +112,116 @@ def check_fits(request: ProbeRequest, where: Place) -> dict[str, int]:
         raise DoesNotFitError(
             f"{total / GB:.1f} GB would be held ({planned['routed experts'] / GB:.1f} GB of routed experts, "
             f"{workspace / GB:.1f} GB of workspace, "
-            f"{spec.num_local_experts} of {spec.num_experts} at ep={where.ep_size}), "
+            f"{spec.num_local_experts} of {spec.num_experts} at ep={request.ep}), "
             f"but {free / GB:.1f} GB are free on {where.device}: use more ranks and a larger topology.ep"
         )
     return planned
 
 
 def load(
-    request: ProbeRequest, where: Place, checkpoint: Checkpoint, progress: Callable[[int], None]
-) -> dict[int, MoELayer]:
-    """This rank's layers, by number; `progress` is called with the number of layers done."""
-    layers = {}
-    for done, layer in enumerate(request.layers, start=1):
-        backend = select_backend(_spec(request, where, layer), Mxfp4Config(), arch=request.arch, impl=request.impl)
-        combine = combine_for(where.ep_size, where.group)
-        layers[layer] = load_layer(checkpoint, layer, backend, combine, where.device)
-        progress(done)
-    return layers
+    request: ProbeRequest, where: Place, checkpoint: Checkpoint, on_progress: Callable[[Progress], None]
+) -> tuple[dict[int, MoELayer], dict[str, Any]]:
+    """This rank's layers, by number, and what the report says of the loading.
+
+    From the pre-sharded folder where the request names one, which must match. Raises as `load_layers` and `load_rank`;
+    no byte for rank_timeout_s is an error.
+    """
+    wanted, combine = backends(request, where), combine_for(where.group_size, where.group)
+    started = time.monotonic()
+    if request.presharded is None:
+        layers = load_layers(
+            *(checkpoint, wanted, combine, where.device),
+            shared=shared_slice(request, where),
+            reading=reading(request),
+            on_progress=on_progress,
+        )
+        read = checkpoint.bytes_read
+    else:
+        folder = Path(request.presharded)
+        found = manifests.read_manifest(folder)
+        manifests.check_matches(folder, found, manifest(request, where, checkpoint))
+        layers, read = preshard_files.load_rank(
+            *(folder, found, where.group_rank, wanted, combine, where.device),
+            reading=reading(request),
+            on_progress=on_progress,
+        )
+    seconds = time.monotonic() - started
+    source = request.presharded or request.checkpoint
+    return layers, {"layers": list(layers), "bytes_read": read, "read_from": source, "load_seconds": seconds}
+
+
+def preshard(
+    request: ProbeRequest, where: Place, checkpoint: Checkpoint, on_progress: Callable[[Progress], None]
+) -> dict[str, Any]:
+    """Write this rank's file; `finish_preshard` is for when all have. Every rank must call it.
+
+    Groups hold the same, so only the ranks of the first one write.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder is finished already, a file cannot be read or cannot be written.
+    """
+    folder = Path(request.presharded or "")
+    manifests.check_new(folder)
+    dist.barrier()  # nobody finishes it before all have looked
+    written = 0
+    if where.replica == 0:
+        written = preshard_files.write_rank(
+            *(
+                folder,
+                manifest(request, where, checkpoint),
+                where.group_rank,
+                checkpoint,
+                backends(request, where),
+                shared_slice(request, where),
+            ),
+            where.device,
+            reading=reading(request),
+            on_progress=on_progress,
+        )
+    return {"bytes_read": checkpoint.bytes_read, "bytes_written": written, "folder": str(folder)}
+
+
+def finish_preshard(request: ProbeRequest, where: Place, checkpoint: Checkpoint) -> None:
+    """Once every rank's file is written: the manifest, which makes the folder whole."""
+    manifests.write_manifest(Path(request.presharded or ""), manifest(request, where, checkpoint))
+
+
+def manifest(request: ProbeRequest, where: Place, checkpoint: Checkpoint) -> manifests.Manifest:
+    """What files of this run's ranks are of."""
+    placement = Placement(request.shape.experts, request.ep)
+    places = [placement.experts(r if request.ep > 1 else 0) for r in range(where.group_size)]
+    return manifests.manifest_of(checkpoint, backends(request, where), places, shared_slice(request, where))
+
+
+def backends(request: ProbeRequest, where: Place) -> dict[int, MoEBackend]:
+    """The backend of each layer that is loaded."""
+    return {
+        layer: select_backend(_spec(request, where, layer), Mxfp4Config(), arch=request.arch, impl=request.impl)
+        for layer in request.layers
+    }
+
+
+def reading(request: ProbeRequest) -> Reading:
+    """How this run reads."""
+    return Reading(request.read_threads, request.read_direct, stall_s=request.rank_timeout_s)
+
+
+def shared_slice(request: ProbeRequest, where: Place) -> Slice:
+    """What this rank holds of the shared expert."""
+    return Slice(where.group_rank, where.group_size) if request.shard_shared_expert else WHOLE
 
 
 def parity(request: ProbeRequest, where: Place, checkpoint: Checkpoint, layer: MoELayer, number: int) -> float:
     """‖out − dense‖ / ‖dense‖ over all tokens and ranks.
 
-    The ranks of an EP group compute the same tokens together; each then checks every ep-th of them, so the
-    reference's experts are read once, not once a rank.
+    The ranks of a group compute the same tokens together; each then checks its share of them, so the reference's
+    experts are read once, not once a rank.
     """
     x, token_ids = tokens(request, where, request.parity_tokens, salt=number)
     out = layer(x, token_ids)
-    mine = slice(where.ep_rank, None, where.ep_size)
+    mine = slice(where.group_rank, None, where.group_size)
     dense = dense_layer(checkpoint, number, x[mine], token_ids[mine])
     error, norm = (out[mine].float() - dense).double(), dense.double()
     sums = torch.stack((error.square().sum(), norm.square().sum()))
@@ -164,14 +255,18 @@ def memory(where: Place, layers: dict[int, MoELayer], planned: dict[str, int], a
     """
     tensors = [t for layer in layers.values() for t in (*layer.parameters(), *layer.buffers())]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    total, measured = sum(planned.values()), sum(storages.values()) if allocated is None else allocated
     return {
         "planned": planned,
-        "planned_total": sum(planned.values()),
-        "measured_total": sum(storages.values()) if allocated is None else allocated,
+        "planned_total": total,
+        "measured_total": measured,
+        "difference": measured / total - 1,
         "process_resident": resident(),
         "free": free_memory(where.device),
     }
 
 
 def _spec(request: ProbeRequest, where: Place, layer: int) -> MoELayerSpec:
-    return MoELayerSpec.of_rank(request.shape, layer, where.ep_rank, where.ep_size)
+    if request.expert_tp > 1:
+        return MoELayerSpec.of_rank(request.shape, layer, 0, 1, where.group_rank, where.group_size)
+    return MoELayerSpec.of_rank(request.shape, layer, where.group_rank, where.group_size)

@@ -36,7 +36,7 @@ def sweep_one(request: ProbeRequest, where: Place, layers: dict[int, MoELayer], 
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     passes = sorted(seconds.tolist())
     median = statistics.median(passes)
-    groups = where.world // where.ep_size
+    groups = where.world // where.group_size
     return {
         "batch_size": batch,
         "layers": len(layers),

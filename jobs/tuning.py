@@ -26,7 +26,8 @@ def run(
     large ones, so that all take about as long.
     """
     shape = request.shape
-    share = RankShape("tune", shape.hidden, shape.intermediate, shape.experts, where.ep_size, shape.top_k)
+    inner = shape.intermediate // request.expert_tp
+    share = RankShape("tune", shape.hidden, inner, shape.experts, request.ep, shape.top_k)
     mine = request.tune_tokens[where.rank :: where.world]
     found: dict[int, LaunchConfig] = {}
     for done, (tokens, timed) in enumerate(measure(share, mine, where.device, request.tune_quick), start=1):
@@ -36,9 +37,7 @@ def run(
     parts: list[dict[int, LaunchConfig]] = [{}] * where.world
     dist.all_gather_object(parts, found)
     everything = {tokens: config for part in parts for tokens, config in part.items()}
-    table = table_of(
-        share, everything, source(where.device, f"{shape.hidden} x {shape.intermediate}, ep={where.ep_size}")
-    )
+    table = table_of(share, everything, source(where.device, f"{shape.hidden} x {inner}, ep={request.ep}"))
     path = folder / TABLES / f"{table.arch}.yaml"
     if where.rank == 0:
         path.parent.mkdir(exist_ok=True)

@@ -20,6 +20,10 @@ app.add_typer(lab_app, name="lab")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Run = Annotated[str, typer.Argument(help="A run: its folder, its id, or its name for the newest of that name.")]
 Runs = Annotated[Path, typer.Option("--folder", help="Where runs are looked for.")]
+ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML, e.g. configs/tiny.yaml.")]
+Override = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. topology.ep=8.")
+]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for the end of a Slurm job and report it.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Wait, and show what the ranks do meanwhile.")]
 
@@ -29,13 +33,20 @@ def launcher() -> None:
     """Bring up mxfp4 experts with expert parallelism: on this machine, or on a Slurm cluster."""
 
 
+@app.command("plan")
+def plan(config: ConfigFile, override: Override = None, as_json: AsJson = False) -> None:
+    """Show what each rank and node would hold, whether it fits, and what would. Exit code 1 if the job does not fit."""
+    from launcher import commands
+
+    sys.exit(commands.plan(config, override or (), as_json=as_json))
+
+
 @app.command("submit")
 def submit(
-    config: Annotated[Path, typer.Argument(help="The run's YAML, e.g. configs/tiny.yaml.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. topology.ep=8.")
-    ] = None,
+    config: ConfigFile,
+    override: Override = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be submitted; submit nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Submit though its memory is planned not to fit.")] = False,
     wait: Wait = False,
     follow: Follow = False,
     as_json: AsJson = False,
@@ -43,7 +54,8 @@ def submit(
     """Start a run. A local one is followed to its end and reported; a Slurm job is queued."""
     from launcher import commands
 
-    sys.exit(commands.start(config, override or (), dry_run=dry_run, wait=wait, follow=follow, as_json=as_json))
+    how = {"dry_run": dry_run, "force": force, "wait": wait, "follow": follow}
+    sys.exit(commands.start(config, override or (), **how, as_json=as_json))
 
 
 @app.command("resume")

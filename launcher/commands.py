@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from launcher import config as configuration
-from launcher import events, logs, report, runs, show, submit, watch
+from launcher import events, fit, logs, report, runs, show, show_memory, submit, watch
 from launcher import plan as planning
 from launcher.errors import InputError
 from launcher.status import statuses
@@ -22,12 +22,29 @@ out = Console()
 err = Console(stderr=True)
 
 
-def start(config: Path, overrides: Sequence[str], *, dry_run: bool, wait: bool, follow: bool, as_json: bool) -> int:
-    """`launcher submit`. Returns the exit code, as all of these do."""
+def plan(config: Path, overrides: Sequence[str], *, as_json: bool) -> int:
+    """`launcher plan`. Returns the exit code, as all of these do."""
+    made = planning.make_plan(configuration.load(config, overrides), "plan")
+    found = fit.plan_memory(made.config, Path(made.checkpoint))
+    show_memory.memory_plan(made.config, found, out, as_json=as_json)
+    return FAILED if found.job.state == "does not fit" else WELL
+
+
+def start(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    dry_run: bool,
+    force: bool,
+    wait: bool,
+    follow: bool,
+    as_json: bool,
+) -> int:
+    """`launcher submit`."""
     plan = planning.make_plan(
         configuration.load(config, overrides), planning.new_run_id(datetime.now(UTC)), ["launcher", *sys.argv[1:]]
     )
-    problems = planning.problems_on_site(plan)
+    problems = planning.problems_on_site(plan) + ([] if force else _too_large(plan))
     if dry_run:
         show.dry_run(plan, problems, out, as_json=as_json)
         return WELL
@@ -40,6 +57,12 @@ def start(config: Path, overrides: Sequence[str], *, dry_run: bool, wait: bool, 
         shutil.rmtree(plan.run_dir, ignore_errors=True)  # nothing was started, so there is nothing to keep
         raise
     return _started(plan, job, wait=wait, follow=follow, as_json=as_json)
+
+
+def _too_large(plan: planning.Plan) -> list[str]:
+    """Why the job's memory does not fit, by the same plan as `launcher plan` shows."""
+    found = fit.plan_memory(plan.config, Path(plan.checkpoint)).job
+    return [f"memory: {show_memory.describe(found)}; --force submits it"] if found.state == "does not fit" else []
 
 
 def resume(run: str, folder: Path, *, wait: bool, follow: bool, as_json: bool) -> int:

@@ -13,17 +13,18 @@ from launcher.errors import InputError
 from launcher.explain import OVERRIDE, Sources, did_you_mean, explain
 from launcher.schema import Config
 from launcher.yamlfile import parse, read_mapping
+from moe_ep.shape import FP8_BLOCK, MXFP4_BLOCK
 
-_PATH_KEYS = (("run", "folder"), ("model", "checkpoint"), ("model", "synthetic", "folder"))
+_PATH_KEYS = (("run", "folder"), ("model", "checkpoint"), ("model", "presharded"), ("model", "synthetic", "folder"))
 _VARIABLE = r"\$\{?(\w+)\}?"
 
 
 def load(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
     """Read a run's YAML with the cluster and model that it names (files beside it, or paths).
 
-    `overrides` are `key=value` with dotted keys and YAML values; they win over every file. `$NAME` in
-    run.folder, model.checkpoint and model.synthetic.folder is taken from `environ`, and left where it is not
-    set, which `unresolved` then shows.
+    `overrides` are `key=value` with dotted keys and YAML values; they win over every file. `$NAME` in a path
+    (run.folder and those of the model) is taken from `environ`, and left where it is not set, which `unresolved`
+    then shows.
 
     Raises
     ------
@@ -133,6 +134,7 @@ def _contradictions(config: Config, sources: Sources) -> list[str]:
             f"{where('topology.ep')}: {t.ep} does not divide tp {t.tp}: the ranks that combine experts must see "
             f"the same tokens, so an EP group lies in one TP group; use an ep of {_divisors(t.tp)}, or tp {t.ep}"
         )
+    out += _expert_tp_problems(config, sources)
     if cluster.devices_per_node and t.ranks_per_node > cluster.devices_per_node:
         out.append(
             f"{where('topology.ranks_per_node')}: {t.ranks_per_node} is more than the {cluster.devices_per_node} "
@@ -148,14 +150,43 @@ def _contradictions(config: Config, sources: Sources) -> list[str]:
     return out + _layer_problems(config, sources)
 
 
+def _expert_tp_problems(config: Config, sources: Sources) -> list[str]:
+    t, shape, where = config.topology, config.model.sizes, sources.where
+    out: list[str] = []
+    if t.expert_tp > 1 and t.ep > 1:
+        out.append(
+            f"{where('topology.expert_tp')}: {t.expert_tp} beside ep {t.ep}: experts are either spread over ranks (ep) "
+            "or each cut into slices of I (expert_tp), not both, as the engines have it; set one of them to 1"
+        )
+    elif t.tp % t.expert_tp:
+        out.append(
+            f"{where('topology.expert_tp')}: {t.expert_tp} does not divide tp {t.tp}: the ranks that add up slices of "
+            f"an expert must see the same tokens; use one of {_divisors(t.tp)}"
+        )
+    elif shape.intermediate % (MXFP4_BLOCK * t.expert_tp):
+        out.append(
+            f"{where('topology.expert_tp')}: {t.expert_tp} slices of I = {shape.intermediate} are not whole mxfp4 "
+            f"blocks of {MXFP4_BLOCK}"
+        )
+    shared = shape.shared_experts * shape.intermediate
+    if shared % (FP8_BLOCK * t.shared_tp) and t.shared_tp > 1:
+        out.append(
+            f"{where('topology.shared_expert')}: {t.shared_tp} slices of the shared expert's {shared} rows are not "
+            f"whole fp8 blocks of {FP8_BLOCK}; use replicated"
+        )
+    if config.job.kind == "preshard" and config.model.presharded is None:
+        out.append(f"{where('model.presharded')}: missing; it is the folder that a preshard job writes")
+    return out
+
+
 def _layer_problems(config: Config, sources: Sources) -> list[str]:
     shape, where = config.model.sizes, sources.where
     out: list[str] = []
     if config.topology.ep > shape.experts:
         out.append(f"{where('topology.ep')}: {config.topology.ep} is more than the {shape.experts} experts of a layer")
     loaded, compared = layer_numbers(config), parity_layers(config)
-    if not loaded or sorted(set(loaded)) != loaded or not set(loaded) <= set(range(shape.layers)):
-        out.append(f"{where('job.layers')}: {loaded} is not 'all' or a rising list from 0..{shape.layers - 1}")
+    if not loaded or sorted(set(loaded)) != loaded or not set(loaded) <= set(shape.all_layers):
+        out.append(f"{where('job.layers')}: {loaded} is not 'all' or a rising list from 0..{shape.all_layers[-1]}")
     if not set(compared) <= set(loaded):
         out.append(f"{where('job.parity.layers')}: {compared} are not all among the loaded layers {loaded}")
     return out

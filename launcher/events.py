@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.events import EVENTS
+from launcher.units import size
 
 LAUNCHER = -1
 """The rank of events that the launcher itself wrote."""
@@ -51,6 +52,17 @@ class Tail:
 def read_events(run_dir: Path) -> list[Event]:
     """All events of a run so far, by time."""
     return Tail(run_dir).new()
+
+
+def progress_text(event: Event) -> str:
+    """How far a stage is: a count, or bytes with their rate and the time that the rest takes at it."""
+    done, total = event.data["done"], event.data["total"]
+    if event.data.get("unit") != "bytes":
+        return f"{event.stage} {done}/{total}"
+    rate, left = event.data.get("rate"), event.data.get("left_s")
+    text = f"{event.stage} {size(done)} of {size(total)}"
+    text += f", {size(rate)}/s" if rate else ""
+    return text + (f", {left:,.0f} s left" if left is not None and done < total else "")
 
 
 def _parse(line: bytes) -> Event | None:

@@ -18,6 +18,7 @@ from launcher.errors import InputError
 from launcher.files import write_atomically
 from launcher.schema import Config
 from launcher.topology import RankPlace, rank_places
+from moe_ep.shape import PRESHARD_MANIFEST
 from moe_ep.shape import SYNTHETIC_FORMAT as FORMAT
 
 PLAN = "plan.json"
@@ -55,9 +56,14 @@ class Plan:
             nodes=config.topology.nodes,
             ranks_per_node=config.topology.ranks_per_node,
             ep=config.topology.ep,
+            expert_tp=config.topology.expert_tp,
+            shard_shared_expert=config.topology.shared_expert == "sharded",
             arch=config.cluster.arch,
             impl=config.backend.impl,
             checkpoint=self.checkpoint,
+            presharded=config.model.presharded,
+            read_threads=config.job.reading.threads,
+            read_direct=config.job.reading.direct,
             synthesise=config.model.synthetic is not None,
             shape=config.model.sizes,
             layers=tuple(layer_numbers(config)),
@@ -72,6 +78,13 @@ class Plan:
             tune_quick=config.job.tune.quick,
             rank_timeout_s=config.limits.rank_timeout_s,
             scratch=self.scratch,
+        )
+
+    def held_bytes(self, place: RankPlace) -> dict[str, int]:
+        """What a rank's layers take, by item."""
+        topology, layers = self.config.topology, layer_numbers(self.config)
+        return self.config.model.sizes.held_bytes(
+            layers, len(place.experts), expert_tp=topology.expert_tp, shared_tp=topology.shared_tp
         )
 
     @property
@@ -94,9 +107,7 @@ class Plan:
             "git_revision": self.git_revision,
             "command": list(self.command),
             "topology": [asdict(p) | {"experts": [p.experts.start, p.experts.stop]} for p in self.places],
-            "planned_bytes": self.config.model.sizes.held_bytes(
-                layer_numbers(self.config), len(self.places[0].experts)
-            ),
+            "planned_bytes": self.held_bytes(self.places[0]),
         }
         write_atomically(self.run_dir / PLAN, json.dumps(record, indent=2) + "\n")
         self.request().save(self.run_dir)
@@ -155,17 +166,29 @@ def problems_on_site(plan: Plan) -> list[str]:
     """What is wrong with the files that the run needs, as far as this machine can see."""
     model = plan.config.model
     paths = {"run.folder": plan.config.run.folder, "model.checkpoint": model.checkpoint}
+    paths["model.presharded"] = model.presharded
     paths["model.synthetic.folder"] = model.synthetic.folder if model.synthetic else None
     problems = [
         f"{key}: {path}: {', '.join(unset)} is not set here; set it, or --set {key}=/a/path"
         for key, path in paths.items()
         if path and (unset := unresolved(path))
     ]
+    if not problems and model.presharded is not None:
+        problems += _preshard_problems(model.presharded, plan.config.job.kind)
     if problems or model.synthetic is not None:
         return problems
     key = f"model.checkpoint: {plan.checkpoint}"
     needed = [Path(plan.checkpoint) / name for name in ("config.json", "model.safetensors.index.json")]
     return [f"{key}: no file {path}; expected a DeepSeek-V4 checkpoint" for path in needed if not path.is_file()]
+
+
+def _preshard_problems(folder: str, kind: str) -> list[str]:
+    manifest, key = Path(folder) / PRESHARD_MANIFEST, f"model.presharded: {folder}"
+    if kind == "preshard" and manifest.exists():
+        return [f"{key}: {manifest} exists; a pre-sharded folder is not overwritten, remove it first"]
+    if kind == "probe" and not manifest.is_file():
+        return [f"{key}: no file {manifest}: not pre-sharded, or not to its end; submit with --set job.kind=preshard"]
+    return []
 
 
 def _checkpoint(config: Config) -> str:

@@ -12,7 +12,6 @@ from submitit.slurm import slurm
 
 from jobs.events import EVENTS
 from jobs.rank import ATTEMPT
-from launcher.config import layer_numbers
 from launcher.plan import Plan
 from launcher.units import GB, size
 
@@ -80,12 +79,11 @@ def sbatch_script(plan: Plan) -> str:
 
 def topology_rows(plan: Plan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Heads and rows of the topology table: rank, place, groups, experts, bytes."""
-    shape, layers = plan.config.model.sizes, layer_numbers(plan.config)
     device = plan.config.cluster.device_memory_gb
     heads = ("rank", "node", "local", "TP group", "EP group", "EP rank", "experts", "held")
     rows = []
     for p in plan.places:
-        held = sum(shape.held_bytes(layers, len(p.experts)).values())
+        held = sum(plan.held_bytes(p).values())
         too_much = f" > {device:g} GB" if device is not None and held > device * GB else ""
         experts = f"{p.experts.start}–{p.experts.stop - 1}"
         numbers = (p.rank, p.node, p.local_rank, p.tp_group, p.ep_group, p.ep_rank)

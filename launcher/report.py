@@ -18,6 +18,7 @@ from launcher.units import size
 SCHEMA = "moe-ep/probe-report"
 SCHEMA_VERSION = 1
 LOG_LINES = 20
+_WEIGHTS = ("bytes_read", "bytes_written", "load_seconds", "read_from", "folder")
 
 
 def build(run_dir: Path, state: str | None = None) -> dict[str, Any]:
@@ -108,8 +109,8 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "memory",
             f"rank {line['rank']}",
-            f"{size(line['measured_total'])} held, {size(line['planned_total'])} planned; "
-            f"process {size(line['process_resident'])}",
+            f"{size(line['measured_total'])} held, {size(line['planned_total'])} planned"
+            f" ({line['measured_total'] / line['planned_total'] - 1:+.1%}); process {size(line['process_resident'])}",
         )
         for line in report["memory"]
     ]
@@ -241,7 +242,7 @@ def _rank(events: Sequence[Event], stages: dict[str, Any], place: dict[str, Any]
         "host": started.get("host"),
         "pid": started.get("pid"),
         "environment": {k: v for k, v in environment.items() if k != "hosts"},
-        "weights": {k: v for k, v in stages.get("weights", {}).get("data", {}).items() if k == "bytes_read"},
+        "weights": {k: v for k, v in stages.get("weights", {}).get("data", {}).items() if k in _WEIGHTS},
         "stages": {name: {"state": s["state"], "seconds": s["seconds"]} for name, s in stages.items()},
     }
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
+from moe_ep.attention import AttentionShape
 from moe_ep.shape import ModelShape
 
 MOST_TOKENS = 10**7
@@ -42,7 +43,9 @@ class Cluster(_Section):
     """A site: its scheduler, its nodes, and the environment that works there.
 
     scratch: a run's own folder on the nodes' disks, an absolute path whose last part holds `{run_id}`; it is
-    removed when the ranks end. env's values may name it as `{scratch}`.
+    removed when the ranks end. env's values may name it as `{scratch}`. device_memory_gb: of one device; with
+    unified_memory it is the host's too, and reserve_gb of it is for the system, the runtime and the rank's own
+    process. communicator_gb: what the collectives' library takes a rank.
     """
 
     name: str = Field(pattern=NAME)
@@ -50,6 +53,9 @@ class Cluster(_Section):
     arch: str = Field(pattern=r"^(cpu|gfx[0-9a-f]+|sm[0-9]+)$")
     devices_per_node: int = Field(ge=0)
     device_memory_gb: float | None = Field(default=None, gt=0)
+    unified_memory: bool = False
+    reserve_gb: float = Field(default=0, ge=0)
+    communicator_gb: float = Field(default=0, ge=0)
     account: Text | None = None
     partition: Text | None = None
     qos: Text | None = None
@@ -76,13 +82,34 @@ _SIZES: dict[str, Any] = {f.name: (f.type, ... if f.default is MISSING else f.de
 Shape: Any = create_model("Shape", __base__=_Section, **_SIZES)
 
 
+class Attention(_Section):
+    """Sizes of the model beside its experts, for `plan` where the checkpoint cannot be reached: see AttentionShape."""
+
+    heads: int
+    head_dim: int
+    q_rank: int
+    o_groups: int
+    o_rank: int
+    index_heads: int
+    index_dim: int
+    streams: int
+    window: int
+    ratios: list[int]
+
+
 class Model(_Section):
-    """A model: where its checkpoint lies, and its sizes (checked against the checkpoint's own)."""
+    """A model: where its checkpoint lies, and its sizes (checked against the checkpoint's own).
+
+    presharded: a folder with each rank's tensors in one file in the backend's order; job.kind preshard writes it, and a
+    probe reads it instead of the checkpoint.
+    """
 
     name: str = Field(pattern=NAME)
     checkpoint: Text | None = None
+    presharded: Text | None = None
     synthetic: Synthetic | None = None
     shape: Shape
+    attention: Attention | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -92,7 +119,7 @@ class Model(_Section):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
-        _ = self.sizes  # a dataclass that checks itself
+        _ = self.sizes, self.attention_sizes  # dataclasses that check themselves
         return self
 
     @property
@@ -100,18 +127,36 @@ class Model(_Section):
         """The sizes as the library takes them."""
         return ModelShape(**self.shape.model_dump())
 
+    @property
+    def attention_sizes(self) -> AttentionShape | None:
+        """Likewise of what is not experts; None where the file does not give them."""
+        if self.attention is None:
+            return None
+        values = self.attention.model_dump()
+        return AttentionShape(**{**values, "ratios": tuple(values["ratios"])})
+
 
 class Topology(_Section):
     """nodes × ranks_per_node ranks, one device each.
 
     tp: ranks of a tensor-parallel group, which see the same tokens. ep: ranks over which a layer's experts
-    are spread; an EP group lies within a TP group.
+    are spread; an EP group lies within a TP group. expert_tp: ranks that share out each expert's intermediate size
+    instead; ep and expert_tp are not both above 1. shared_expert: whether the ranks that combine experts each hold all
+    of the shared expert or a slice. dense: whether a TP group shards what is not experts, or each rank holds it all.
     """
 
     nodes: int = Field(ge=1, le=10_000)
     ranks_per_node: int = Field(ge=1, le=64)
     tp: int = Field(ge=1)
     ep: int = Field(ge=1)
+    expert_tp: int = Field(default=1, ge=1)
+    shared_expert: Literal["replicated", "sharded"] = "replicated"
+    dense: Literal["replicated", "sharded"] = "sharded"
+
+    @property
+    def shared_tp(self) -> int:
+        """Into how many slices the shared expert is cut."""
+        return max(self.ep, self.expert_tp) if self.shared_expert == "sharded" else 1
 
     @property
     def ranks(self) -> int:
@@ -156,14 +201,32 @@ class Tune(_Section):
         return self
 
 
-class Job(_Section):
-    """What the ranks do: probe the model, or tune the experts' launch configurations on the cluster's devices."""
+class Reading(_Section):
+    """How ranks read a checkpoint: threads a rank, and whether by O_DIRECT, past the page cache."""
 
-    kind: Literal["probe", "tune"] = "probe"
+    threads: int = Field(default=8, ge=1, le=256)
+    direct: bool = False
+
+
+class Job(_Section):
+    """What the ranks do: probe the model, tune the experts' launch configurations on the cluster's devices, or write
+    each rank's tensors once in the backend's order (preshard)."""
+
+    kind: Literal["probe", "tune", "preshard"] = "probe"
     layers: Literal["all"] | list[int] = "all"
     parity: Parity = Parity()
     throughput: Throughput = Throughput()
     tune: Tune = Tune()
+    reading: Reading = Reading()
+
+
+class Memory(_Section):
+    """What a rank's memory is planned for: sequences of `context` tokens each, `batch` of them in a TP group, with a
+    cache in `kv` (fp8, as V4's own, or bf16)."""
+
+    context: int = Field(default=8192, ge=1, le=2**24)
+    batch: int = Field(default=8, ge=1, le=10**6)
+    kv: Literal["fp8", "bf16"] = "fp8"
 
 
 class Limits(_Section):
@@ -182,4 +245,5 @@ class Config(_Section):
     topology: Topology
     backend: Backend = Backend()
     job: Job = Job()
+    memory: Memory = Memory()
     limits: Limits

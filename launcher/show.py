@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher import render, report
-from launcher.events import LAUNCHER, Event
+from launcher.events import LAUNCHER, Event, progress_text
 from launcher.plan import Plan
 from launcher.status import RunStatus
 
@@ -111,6 +111,9 @@ def statuses(found: Sequence[RunStatus], problems: Sequence[str], out: Console, 
     # Only the columns that say something.
     used = [i for i, head in enumerate(heads) if i < 4 or any(row[i] for row in rows)]
     out.print(_table([heads[i] for i in used], [[Text(row[i]) for i in used] for row in rows]))
+    if len(found) == 1:
+        for rank, text in enumerate(found[0].ranks):
+            _plain(out, f"rank {rank}: {text or 'has not begun'}")
     for problem in problems:
         _plain(out, problem, style="yellow")
 
@@ -165,7 +168,7 @@ class Progress:
 
 def _progress_text(event: Event) -> str:
     if event.event == "progress":
-        return f"{event.stage} {event.data['done']}/{event.data['total']}"
+        return progress_text(event)
     if event.event == "failed":
         kind, text = event.error.get("type", ""), event.error.get("text", "")
         return f"{event.stage} failed: {next(iter(text.splitlines()), kind)}"

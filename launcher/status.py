@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher import slurm
 from launcher.errors import InputError
-from launcher.events import LAUNCHER, Event, read_events
+from launcher.events import LAUNCHER, Event, progress_text, read_events
 from launcher.files import write_atomically
 from launcher.outcome import Outcome, judge, last_attempt
 from launcher.plan import read_plan
@@ -50,6 +50,9 @@ class RunStatus:
     elapsed: str = ""
     limit: str = ""
     progress: str = ""
+    """Of the rank that is furthest behind."""
+    ranks: Sequence[str] = ()
+    """How far each rank is, while the run goes on."""
     first_failing_rank: int | None = None
 
     @property
@@ -127,6 +130,7 @@ def _status(
         elapsed=job.elapsed if job else "",
         limit=job.limit if job else "",
         progress="" if waiting else progress(events, world),
+        ranks=rank_progress(events, world) if state == "running" else (),
         first_failing_rank=failure.rank if failure else None,
     )
 
@@ -180,17 +184,26 @@ def _local_state(submission: Submission, outcome: Outcome) -> tuple[str, str]:
 
 def progress(events: Sequence[Event], world: int) -> str:
     """The stage of the rank that is furthest behind, with its count where it has one."""
-    latest: dict[int, Event] = {}
-    for event in events:
-        if event.rank != LAUNCHER and event.event in ("started", "begin", "progress", "end"):
-            latest[event.rank] = event
+    latest = _latest(events)
     if not latest:
         return ""
-    last = min(latest.values(), key=_how_far)
-    text = last.stage
-    if last.event == "progress":
-        text += f" {last.data['done']}/{last.data['total']}"
+    text = _text(min(latest.values(), key=_how_far))
     return text if len(latest) == world else f"{text}, {len(latest)} of {world} ranks"
+
+
+def rank_progress(events: Sequence[Event], world: int) -> tuple[str, ...]:
+    """The stage of every rank, likewise; empty for one that has not begun."""
+    latest = _latest(events)
+    return tuple(_text(latest[rank]) if rank in latest else "" for rank in range(world))
+
+
+def _latest(events: Sequence[Event]) -> dict[int, Event]:
+    said = (e for e in events if e.rank != LAUNCHER and e.event in ("started", "begin", "progress", "end"))
+    return {event.rank: event for event in said}
+
+
+def _text(event: Event) -> str:
+    return progress_text(event) if event.event == "progress" else event.stage
 
 
 def _how_far(event: Event) -> tuple[int, float]:

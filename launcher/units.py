@@ -8,4 +8,4 @@ def size(count: float) -> str:
     for unit, factor in (("GB", GB), ("MB", 10**6), ("kB", 10**3)):
         if count >= factor:
             return f"{count / factor:.4g} {unit}"
-    return f"{count} B"
+    return f"{count:.4g} B"

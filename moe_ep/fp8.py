@@ -4,14 +4,9 @@ import torch
 from torch import Tensor
 
 from moe_ep.mxfp4 import as_bytes, e8m0_to_float
-from moe_ep.shape import FP8_BLOCK
+from moe_ep.shape import FP8_BLOCK, block_grid
 
 _E4M3_MAX = 448.0
-
-
-def block_grid(rows: int, columns: int) -> tuple[int, int]:
-    """Shape of the scales of a [rows, columns] weight; edge blocks may be partial."""
-    return -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
 
 
 def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:

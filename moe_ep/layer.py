@@ -52,8 +52,8 @@ class RoutedExperts(nn.Module):
 class MoELayer(nn.Module):
     """One MoE layer of DeepSeek-V4 on one rank of its EP group.
 
-    The ranks of the group see the same tokens. The shared expert is held and computed by each of them and
-    added after the combine, so it counts once.
+    The ranks of the group see the same tokens. The shared expert counts once: where each of them holds and computes
+    all of it, it is added after the combine; where each holds a slice of it, a part of the sum, before.
     """
 
     def __init__(
@@ -62,8 +62,11 @@ class MoELayer(nn.Module):
         experts: RoutedExperts,
         combine: Combine,
         shared_expert: SharedExpert | None = None,
+        *,
+        shared_is_sharded: bool = False,
     ) -> None:
         super().__init__()
+        self.shared_is_sharded = shared_is_sharded
         self.router = router
         self.experts = experts
         self.combine = combine
@@ -74,8 +77,10 @@ class MoELayer(nn.Module):
 
         Experts are added up in f32 over the ranks, then the shared expert, then the sum is cast.
         """
-        topk = self.router(hidden_states, token_ids)
-        out = self.combine(self.experts(hidden_states, topk))
-        if self.shared_expert is not None:
+        partial = self.experts(hidden_states, self.router(hidden_states, token_ids))
+        if self.shared_expert is not None and self.shared_is_sharded:
+            partial = partial + self.shared_expert(hidden_states)
+        out = self.combine(partial)
+        if self.shared_expert is not None and not self.shared_is_sharded:
             out = out + self.shared_expert(hidden_states)
         return out.to(hidden_states.dtype)

@@ -1,56 +1,200 @@
-"""From a checkpoint to one rank's `MoELayer`."""
+"""From a checkpoint to one rank's `MoELayer`s: one plan of reads for all of them, into their final tensors."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moe_ep.backends.base import MoEBackend
-from moe_ep.checkpoint import Checkpoint
+from moe_ep.checkpoint import DTYPES, Checkpoint, check_table
 from moe_ep.comm import Combine
 from moe_ep.fp8 import dequantise_blocks
+from moe_ep.headers import CheckpointError, TensorInfo
 from moe_ep.layer import MoELayer, RoutedExperts, SharedExpert
-from moe_ep.placement import Placement
+from moe_ep.order import NAN_SCALE
+from moe_ep.placement import WHOLE, Placement, Slice
+from moe_ep.ranges import Piece, Read, plan_reads
+from moe_ep.reading import Progress, fetch
 from moe_ep.routing import Router
+from moe_ep.shape import ModelShape
+from moe_ep.targets import allocator, into, into_columns
+from moe_ep.tensors import TensorSpec, expert_specs, gate_specs, layer_prefix, shared_specs
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a checkpoint is read. `direct`: by O_DIRECT. `stall_s`: how long no byte may arrive."""
+
+    threads: int = 8
+    direct: bool = False
+    stall_s: float | None = None
+
+
+USUAL = Reading()
+
+
+@dataclass
+class Parts:
+    """A layer's tensors while they are read."""
+
+    experts: RoutedExperts
+    gate: dict[str, Tensor]
+    shared: dict[str, Tensor]
+    shared_slice: Slice
+    files: dict[str, TensorInfo] = field(default_factory=dict)
+    """Of the tensors that are looked at when they have come, by name."""
+
+
+def load_layers(
+    checkpoint: Checkpoint,
+    backends: Mapping[int, MoEBackend],
+    combine: Combine,
+    device: torch.device,
+    *,
+    shared: Slice = WHOLE,
+    reading: Reading = USUAL,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> dict[int, MoELayer]:
+    """Read what the backends' rank holds of each layer: its experts, the router, its slice of the shared expert.
+
+    Every byte is read once, from the first to the last of each file, into the memory where it stays; only what the
+    kernels want otherwise (their order of codes, bf16 of the shared expert) is converted then, one layer at a time.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is missing, of another dtype or shape, has NaN among its scales, or cannot be read.
+    StalledError
+        As `fetch`.
+    """
+    parts, reads = plan_loading(checkpoint, backends, device, shared)
+    checkpoint.bytes_read += fetch(
+        reads,
+        checkpoint.stamps,
+        threads=reading.threads,
+        direct=reading.direct,
+        stall_s=reading.stall_s,
+        on_progress=on_progress,
+        allocate=allocator(device),
+    )
+    # Popped one by one, so that what is converted does not stay beside what it becomes.
+    return {layer: _finished(parts.pop(layer), checkpoint.shape, combine, device) for layer in list(parts)}
+
+
+def plan_loading(
+    checkpoint: Checkpoint, backends: Mapping[int, MoEBackend], device: torch.device, shared: Slice = WHOLE
+) -> tuple[dict[int, Parts], list[Read]]:
+    """The layers' tensors, with nothing in them yet, and the reads that fill them.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is missing, or of another dtype or shape.
+    """
+    parts: dict[int, Parts] = {}
+    pieces: list[Piece] = []
+    for layer, backend in backends.items():
+        parts[layer] = _empty(checkpoint, layer, backend, shared, device)
+        pieces += _pieces(checkpoint, layer, parts[layer])
+    return parts, plan_reads(pieces)
 
 
 def load_layer(
     checkpoint: Checkpoint, layer: int, backend: MoEBackend, combine: Combine, device: torch.device
 ) -> MoELayer:
-    """Read the experts of the backend's EP rank, and what every rank holds (router, shared expert).
-
-    Raises
-    ------
-    CheckpointError
-        If a tensor is missing or of another dtype or shape.
-    """
-    shape = checkpoint.shape
-    placement = Placement(shape.experts, backend.spec.ep_size)
-    with device:
-        experts = RoutedExperts(backend, shape.swiglu_limit)
-    fill_experts(experts, checkpoint, layer, placement.experts(backend.spec.ep_rank))
-    experts.process_weights_after_loading()
-    gate = checkpoint.read_gate(layer)
-    router = Router(gate["weight"], shape.top_k, shape.routed_scaling, gate.get("bias"), gate.get("tid2eid"))
-    shared = load_shared_expert(checkpoint, layer) if shape.shared_experts else None
-    return MoELayer(router, experts, combine, shared).to(device)
-
-
-def fill_experts(experts: RoutedExperts, checkpoint: Checkpoint, layer: int, rows: range) -> None:
-    """Copy the global experts `rows` into the local rows 0, 1, … of the backend's weights."""
-    inner = checkpoint.shape.intermediate
-    targets: dict[str, Tensor] = {name: p.data for name, p in experts.named_parameters()}
-    for local, expert in enumerate(rows):
-        parts = checkpoint.read_expert(layer, expert)
-        for part, suffix in (("weight", "weight"), ("scale", "weight_scale")):
-            w13, w2 = targets[f"w13_{suffix}"][local], targets[f"w2_{suffix}"][local]
-            w13[:inner].copy_(parts[f"w1.{part}"])
-            w13[inner:].copy_(parts[f"w3.{part}"])
-            w2.copy_(parts[f"w2.{part}"])
+    """One layer, as `load_layers`."""
+    return load_layers(checkpoint, {layer: backend}, combine, device)[layer]
 
 
 def load_shared_expert(checkpoint: Checkpoint, layer: int) -> SharedExpert:
-    """The shared expert in bf16, on the CPU."""
-    parts = checkpoint.read_shared_expert(layer)
+    """The whole shared expert in bf16, on the CPU."""
+    return _shared_expert(checkpoint.read_shared_expert(layer), checkpoint.shape.swiglu_limit)
+
+
+def _empty(checkpoint: Checkpoint, layer: int, backend: MoEBackend, shared: Slice, device: torch.device) -> Parts:
+    shape = checkpoint.shape
+    with device:
+        experts = RoutedExperts(backend, shape.swiglu_limit)
+    gate = gate_specs(shape, hash_layer=shape.is_hash_layer(layer))
+    held = {name: s.slice(shared.size, columns=name[1] == "2") for name, s in shared_specs(shape).items()}
+
+    def empty(specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+        return {name: torch.empty(s.shape, dtype=DTYPES[s.dtype], device=device) for name, s in specs.items()}
+
+    return Parts(experts, empty(gate), empty(held if shape.shared_experts else {}), shared)
+
+
+def _pieces(checkpoint: Checkpoint, layer: int, parts: Parts) -> Iterator[Piece]:
+    """All that a rank wants of a layer."""
+    shape, spec = checkpoint.shape, parts.experts.backend.spec
+    prefix = layer_prefix(shape, layer)
+
+    def info(name: str, expected: TensorSpec) -> TensorInfo:
+        found = checkpoint.info(f"{prefix}.{name}", expected)
+        if name.endswith((".scale", ".tid2eid")):
+            parts.files[name] = found
+        return found
+
+    targets: dict[str, Tensor] = {name: p.data for name, p in parts.experts.named_parameters()}
+    inner = shape.intermediate // spec.tp_size
+    for local, expert in enumerate(Placement(shape.experts, spec.ep_size).experts(spec.ep_rank)):
+        for name, expected in expert_specs(shape).items():
+            matrix, part = name.split(".")
+            target = targets[f"{'w2' if matrix == 'w2' else 'w13'}_{'weight' if part == 'weight' else 'weight_scale'}"]
+            rows = target[local] if matrix == "w2" else target[local].split(inner)[matrix == "w3"]
+            yield _slice(info(f"experts.{expert}.{name}", expected), rows, spec.tp_rank, matrix)
+    for name, expected in shared_specs(shape).items() if shape.shared_experts else ():
+        found = info(f"shared_experts.{name}", expected)
+        yield _slice(found, parts.shared[name], parts.shared_slice.rank, name[:2])
+    for name, expected in gate_specs(shape, hash_layer=shape.is_hash_layer(layer)).items():
+        yield into(info(f"gate.{name}", expected), parts.gate[name])
+
+
+def _slice(info: TensorInfo, target: Tensor, part: int, matrix: str) -> Piece:
+    """A rank's rows of w1 and w3, or columns of w2; the target's shape says how many."""
+    if info.spec.shape == tuple(target.shape):
+        return into(info, target)
+    if matrix == "w2":
+        return into_columns(info, target, part * target.shape[1])
+    return into(info, target, first_row=part * target.shape[0])
+
+
+def _finished(parts: Parts, shape: ModelShape, combine: Combine, device: torch.device) -> MoELayer:
+    _check_scales(parts)
+    parts.experts.process_weights_after_loading()
+    table = parts.gate.get("tid2eid")
+    if table is not None:
+        check_table(table, shape, parts.files["gate.tid2eid"])
+    gate = parts.gate
+    router = Router(gate["weight"], shape.top_k, shape.routed_scaling, gate.get("bias"), table)
+    shared = _shared_expert(parts.shared, shape.swiglu_limit) if parts.shared else None
+    sharded = parts.shared_slice.size > 1
+    return MoELayer(router, parts.experts, combine, shared, shared_is_sharded=sharded).to(device)
+
+
+def _check_scales(parts: Parts) -> None:
+    """Raise `CheckpointError` for the first tensor that has a NaN (255) among its e8m0 scales."""
+    placement = parts.experts.backend.spec
+    experts = Placement(placement.num_experts, placement.ep_size).experts(placement.ep_rank)
+    w13, w2 = (parts.experts.get_parameter(f"{name}_weight_scale").data for name in ("w13", "w2"))
+    inner = w13.shape[1] // 2
+    groups = {"w1": w13[:, :inner], "w3": w13[:, inner:], "w2": w2}
+    for matrix, scales in groups.items():
+        if scales.numel() and int(scales.amax()) == NAN_SCALE:
+            row = int((scales == NAN_SCALE).flatten(1).any(1).nonzero()[0])
+            raise _nan(parts.files[f"experts.{experts[row]}.{matrix}.scale"])
+    for name, tensor in parts.shared.items():
+        if name.endswith(".scale") and int(tensor.amax()) == NAN_SCALE:
+            raise _nan(parts.files[f"shared_experts.{name}"])
+
+
+def _nan(info: TensorInfo) -> CheckpointError:
+    return CheckpointError(f"{info.file}: {info.name} holds NaN (e8m0 byte 255); expected finite scales")
+
+
+def _shared_expert(parts: Mapping[str, Tensor], limit: float) -> SharedExpert:
     w1, w2, w3 = (
         dequantise_blocks(parts[f"{name}.weight"], parts[f"{name}.scale"]).bfloat16() for name in ("w1", "w2", "w3")
     )
-    return SharedExpert(torch.cat((w1, w3)), w2, checkpoint.shape.swiglu_limit)
+    return SharedExpert(torch.cat((w1, w3)), w2, limit)

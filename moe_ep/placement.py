@@ -7,6 +7,17 @@ NOT_LOCAL = -1
 
 
 @dataclass(frozen=True)
+class Slice:
+    """Which of `size` equal parts of something is one's own."""
+
+    rank: int = 0
+    size: int = 1
+
+
+WHOLE = Slice()
+
+
+@dataclass(frozen=True)
 class Placement:
     """Contiguous placement of `num_experts` over `ep_size` ranks.
 

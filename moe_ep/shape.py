@@ -15,6 +15,9 @@ FP8_BLOCK = 128
 
 LARGEST, MOST_LAYERS = 10**7, 10**4  # far above any model: what is larger is a slip of the keyboard
 
+PRESHARD_MANIFEST = "manifest.json"
+"""What makes a folder of pre-sharded files whole (`moe_ep.preshard`)."""
+
 SYNTHETIC_FORMAT = 1
 """Raised when `synthetic` writes other bytes for the same sizes and seed."""
 
@@ -40,11 +43,16 @@ _CONFIG_KEYS = {
 }
 
 
+def block_grid(rows: int, columns: int) -> tuple[int, int]:
+    """Shape of the scales of a [rows, columns] fp8 weight; edge blocks may be partial."""
+    return -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of the MoE part of a DeepSeek-V4 model.
 
-    `hidden` and `intermediate` are H and I of one expert; `layers` does not count the MTP layers.
+    `hidden` and `intermediate` are H and I of one expert; `layers` does not count the MTP layers, whose numbers follow.
     """
 
     hidden: int
@@ -89,20 +97,24 @@ class ModelShape:
         weights = 3 * self.hidden * self.intermediate
         return weights // 2 + weights // MXFP4_BLOCK
 
-    def held_bytes(self, layers: Sequence[int], local_experts: int) -> dict[str, int]:
+    def held_bytes(
+        self, layers: Sequence[int], local_experts: int, *, expert_tp: int = 1, shared_tp: int = 1
+    ) -> dict[str, int]:
         """Bytes of `layers` on a rank that holds `local_experts` of each, by item, as they lie in memory.
 
         Routed experts are packed, with K padded to whole groups as the kernels read them (V4's need none); the shared
-        expert is held in bf16, the router as on disk.
+        expert is held in bf16, the router as on disk. Of each routed expert a rank holds one of `expert_tp` slices of
+        I, of the shared expert one of `shared_tp`.
         """
-        hidden, intermediate = (-(-k // KERNEL_GROUP) * KERNEL_GROUP for k in (self.hidden, self.intermediate))
-        codes = 2 * self.intermediate * hidden + self.hidden * intermediate
+        inner = self.intermediate // expert_tp
+        hidden, intermediate = (-(-k // KERNEL_GROUP) * KERNEL_GROUP for k in (self.hidden, inner))
+        codes = 2 * inner * hidden + self.hidden * intermediate
         gate = self.experts * self.hidden * 2
         table, bias = self.vocab * self.top_k * 8, self.experts * 4
         return {
             "routed experts": len(layers) * local_experts * (codes // 2 + codes // MXFP4_BLOCK),
             "expert maps": len(layers) * self.experts * 4,
-            "shared experts": len(layers) * self.shared_experts * 3 * self.hidden * self.intermediate * 2,
+            "shared experts": len(layers) * self.shared_experts * 3 * self.hidden * self.intermediate * 2 // shared_tp,
             "routers": sum(gate + (table if self.is_hash_layer(layer) else bias) for layer in layers),
         }
 
@@ -111,6 +123,11 @@ class ModelShape:
         (f32), since which routes are local is not known beforehand, and a few [tokens, H] in f32."""
         per_route = 2 * self.intermediate + 4 * self.hidden
         return tokens * (self.top_k * per_route + 4 * 4 * self.hidden + 4 * self.experts)
+
+    @property
+    def all_layers(self) -> range:
+        """Numbers of all layers: the MTP layers' follow those of the model."""
+        return range(self.layers + self.mtp_layers)
 
     def is_hash_layer(self, layer: int) -> bool:
         """Layers 0 … hash_layers−1 route by token id."""

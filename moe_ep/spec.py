@@ -38,8 +38,11 @@ class MoELayerSpec:
     a2a_backend: str = "none"
 
     @classmethod
-    def of_rank(cls, shape: ModelShape, layer: int, ep_rank: int, ep_size: int) -> "MoELayerSpec":
-        """The spec of a DeepSeek-V4 layer on one rank of an EP group with contiguous placement."""
+    def of_rank(
+        cls, shape: ModelShape, layer: int, ep_rank: int, ep_size: int, tp_rank: int = 0, tp_size: int = 1
+    ) -> "MoELayerSpec":
+        """The spec of a DeepSeek-V4 layer on one rank of an EP group with contiguous placement, or of a group that
+        shares out each expert's I."""
         return cls(
             top_k=shape.top_k,
             num_experts=shape.experts,
@@ -47,8 +50,8 @@ class MoELayerSpec:
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate,
             activation="swiglu",
-            tp_rank=0,
-            tp_size=1,
+            tp_rank=tp_rank,
+            tp_size=tp_size,
             ep_rank=ep_rank,
             ep_size=ep_size,
             prefix=f"model.layers.{layer}.mlp.experts",

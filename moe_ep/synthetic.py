@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_ep.checkpoint import CONFIG, INDEX, gate_specs, layer_prefix
 from moe_ep.fp8 import quantise_blocks
+from moe_ep.headers import CONFIG, INDEX
 from moe_ep.mxfp4 import quantise
 from moe_ep.shape import ModelShape
+from moe_ep.tensors import gate_specs, layer_prefix
 
 
 def write_checkpoint(path: Path, shape: ModelShape, *, seed: int = 0) -> None:
@@ -45,8 +46,7 @@ def write_checkpoint(path: Path, shape: ModelShape, *, seed: int = 0) -> None:
 
 def _write_files(path: Path, shape: ModelShape, seed: int) -> None:
     (path / CONFIG).write_text(json.dumps(shape.to_config(), indent=2) + "\n")
-    prefixes = [layer_prefix(layer) for layer in range(shape.layers)]
-    prefixes += [f"mtp.{i}.ffn" for i in range(shape.mtp_layers)]
+    prefixes = [layer_prefix(shape, layer) for layer in shape.all_layers]
     weight_map: dict[str, str] = {}
     total = 0
     for i, prefix in enumerate(prefixes):

@@ -87,7 +87,8 @@ def test_one_command_goes_from_a_yaml_to_a_report(tmp_path: Path) -> None:
     for word in ("cpu/mxfp4 triton_kernel", "layer 0 (hash routing)", "rank 3", "tokens/s"):
         assert word in done.stdout
     assert done.stdout.splitlines()[-1] == f"report: {only_run(tmp_path) / 'report.md'}"
-    assert "rank 0: weights 2/4" in done.stderr
+    assert "rank 0: weights 680.1 kB of 680.1 kB, " in done.stderr
+    assert all(abs(line["difference"]) <= 0.05 for line in report["memory"])
 
 
 def test_two_ep_groups_of_two_ranks_work_on_tokens_of_their_own(tmp_path: Path) -> None:
@@ -97,6 +98,43 @@ def test_two_ep_groups_of_two_ranks_work_on_tokens_of_their_own(tmp_path: Path) 
     assert [rank["ep_group"] for rank in report["ranks"]] == [0, 0, 1, 1]
     (line,) = report["throughput"]
     assert line["tokens_per_s"] == pytest.approx(2 * 2 / (line["us_per_layer"] * 4e-6), rel=1e-6)
+
+
+def test_a_rank_reads_its_own_file_once_a_job_has_pre_sharded_and_what_does_not_match_is_refused(
+    tmp_path: Path,
+) -> None:
+    folder, quick = f"model.presharded={tmp_path}/pre", "job.throughput={batch_sizes: [2], warmup: 0, repeats: 1}"
+    cut = "topology={nodes: 1, ranks_per_node: 2, tp: 2, ep: 1, expert_tp: 2, shared_expert: replicated}"
+    spread = "topology={nodes: 1, ranks_per_node: 2, tp: 2, ep: 2}"
+    written = run(tmp_path, "--set", spread, "--set", folder, "--set", "job.kind=preshard", "--json")
+    assert written.returncode == 0, written.stderr
+    report = json.loads(written.stdout)
+    assert [list(rank["stages"]) for rank in report["ranks"]] == [["env", "selector", "weights", "done"]] * 2
+    sizes = [file.stat().st_size for file in sorted((tmp_path / "pre").glob("*.safetensors"))]
+    assert [rank["weights"]["bytes_written"] for rank in report["ranks"]] == sizes
+    done = run(tmp_path, "--set", spread, "--set", folder, "--set", quick, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert all(rank["weights"]["read_from"] == f"{tmp_path}/pre" for rank in report["ranks"])
+    assert all(rank["weights"]["bytes_read"] < size for rank, size in zip(report["ranks"], sizes, strict=True))
+    assert all(0 < line["relative_error"] <= 2e-2 for line in report["parity"]["layers"].values())
+    other = run(tmp_path, "--set", cut, "--set", folder, "--set", quick)
+    assert other.returncode == 1
+    assert "pre-sharded for something else: experts is ((0, 8), (8, 16))" in other.stderr
+
+
+def test_experts_that_are_cut_into_slices_agree_with_the_reference(tmp_path: Path) -> None:
+    model = tmp_path / "odd.yaml"
+    shape = "{hidden: 128, intermediate: 256, layers: 2, experts: 5, top_k: 3, vocab: 64}"
+    model.write_text(f"{{name: odd, synthetic: {{folder: made}}, shape: {shape}}}\n")
+    cut = "topology={nodes: 1, ranks_per_node: 2, tp: 2, ep: 1, expert_tp: 2, shared_expert: sharded}"
+    quick = "job.throughput={batch_sizes: [2], warmup: 0, repeats: 1}"
+    done = run(tmp_path, "--set", f"model={model}", "--set", cut, "--set", quick, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["selector"]["candidates"][0]["reason"] == "takes ep_size=1, tp_size=2"
+    assert all(0 < line["relative_error"] <= 2e-2 for line in report["parity"]["layers"].values())
+    assert all(abs(line["difference"]) <= 0.05 for line in report["memory"])
 
 
 def test_a_parity_beyond_its_tolerance_fails_the_job_and_reports_the_figure(tmp_path: Path) -> None:

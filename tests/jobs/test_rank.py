@@ -143,7 +143,7 @@ def test_a_device_that_is_not_there_is_named_with_what_masks_it(monkeypatch: pyt
     assert environment.pick_device(7, "cpu") == torch.device("cpu")
 
 
-PLACE = stages.Place(rank=1, world=4, ep_rank=1, ep_size=4, replica=0, group=None, device=torch.device("cpu"))
+PLACE = stages.Place(rank=1, world=4, group_rank=1, group_size=4, replica=0, group=None, device=torch.device("cpu"))
 
 
 def test_a_share_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_a_parity_beyond_tolerance_or_not_a_number_fails(error: float) -> None:
 
 def test_tokens_are_the_same_on_the_ranks_of_a_group_and_differ_between_groups() -> None:
     x, ids = stages.tokens(REQUEST, PLACE, 5, salt=2)
-    same, same_ids = stages.tokens(REQUEST, replace(PLACE, rank=3, ep_rank=3), 5, salt=2)
+    same, same_ids = stages.tokens(REQUEST, replace(PLACE, rank=3, group_rank=3), 5, salt=2)
     other, _ = stages.tokens(REQUEST, replace(PLACE, replica=1), 5, salt=2)
     assert torch.equal(x, same)
     assert torch.equal(ids, same_ids)

@@ -10,6 +10,7 @@ import pytest
 
 from launcher.runs import record_submission
 from tests.checkout import ROOT, importable
+from tests.holes import model_of, write_holes
 from tests.launcher.plans import fixed_plan
 
 
@@ -71,16 +72,9 @@ def test_a_wrong_input_exits_with_2_one_clear_error_and_nothing_submitted(
     assert [p.name for p in tmp_path.iterdir()] == ["configs"]
 
 
-def made_checkpoint(folder: Path) -> Path:
-    """Files that stand where a checkpoint's would: submission looks whether they are there."""
-    for name in ("config.json", "model.safetensors.index.json"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("{}")
-    return folder
-
-
 def test_a_machine_without_slurm_says_so(tmp_path: Path) -> None:
-    checkpoint = made_checkpoint(tmp_path / "model")
+    checkpoint = tmp_path / "model"
+    write_holes(checkpoint, model_of("v4pro-2node"), shards=64)
     config = str(ROOT / "configs/v4pro-2node.yaml")
     done = launcher("submit", config, "--set", f"model.checkpoint={checkpoint}", cwd=tmp_path, PATH=str(tmp_path))
     assert done.returncode == 2
@@ -88,7 +82,8 @@ def test_a_machine_without_slurm_says_so(tmp_path: Path) -> None:
 
 
 def test_a_refusal_of_sbatch_is_shown_and_exits_with_2(tmp_path: Path) -> None:
-    checkpoint = made_checkpoint(tmp_path / "model")
+    checkpoint = tmp_path / "model"
+    write_holes(checkpoint, model_of("v4pro-2node"), shards=64)
     commands = tmp_path / "bin"
     commands.mkdir()
     for name in ("sbatch", "srun"):

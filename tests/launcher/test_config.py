@@ -83,7 +83,10 @@ def test_variables_in_paths_come_from_the_environment() -> None:
     ("override", "message"),
     [
         ("topolgy.ep=2", r"topolgy: unknown key; did you mean 'topology'\?"),
-        ("topology.epp=2", r"topology\.epp: unknown key; did you mean 'ep'\? \(there are: ep, nodes,"),
+        (
+            "topology.epp=2",
+            r"topology\.epp: unknown key; did you mean 'ep'\? \(there are: dense, ep, expert_tp, nodes,",
+        ),
         ("model.shape.hiden=64", r"model\.shape\.hiden: unknown key; did you mean 'hidden'\?"),
         ("backend.impl=triton", r"backend\.impl: 'triton' is wrong: input should be 'auto', .*'triton_kernel'"),
         ("topology.ep=four", r"topology\.ep: 'four' is wrong: input should be a valid integer"),
@@ -138,11 +141,50 @@ def test_a_wrong_key_gets_one_line_with_the_key_and_the_right_form(override: str
     assert len(str(failure.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        (
+            "{nodes: 1, ranks_per_node: 4, tp: 4, ep: 2, expert_tp: 2}",
+            "topology.expert_tp: 2 beside ep 2: experts are either spread over ranks",
+        ),
+        (
+            "{nodes: 1, ranks_per_node: 4, tp: 2, ep: 1, expert_tp: 4}",
+            "topology.expert_tp: 4 does not divide tp 2: .* use one of 1, 2",
+        ),
+        (
+            "{nodes: 1, ranks_per_node: 8, tp: 8, ep: 1, expert_tp: 8}",
+            "topology.expert_tp: 8 slices of I = 128 are not whole mxfp4 blocks of 32",
+        ),
+        (
+            "{nodes: 1, ranks_per_node: 2, tp: 2, ep: 2, shared_expert: sharded}",
+            "topology.shared_expert: 2 slices of the shared expert's 128 rows are not whole fp8 blocks",
+        ),
+    ],
+)
+def test_slices_that_cannot_be_cut_are_explained(topology: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as failure:
+        load(TINY, [f"topology={topology}"])
+    assert len(str(failure.value).splitlines()) == 1
+
+
+def test_a_preshard_job_needs_a_folder_and_mtp_layers_have_numbers_after_the_others() -> None:
+    with pytest.raises(InputError, match=r"tiny\.yaml: presharded: missing; it is the folder that a preshard job"):
+        load(TINY, ["job.kind=preshard"])
+    flash = ["job.layers=[3, 43]"]
+    assert layer_numbers(load(CONFIGS / "v4flash-1node.yaml", flash)) == [3, 43]
+    with pytest.raises(InputError, match=r"rising list from 0\.\.43"):
+        load(CONFIGS / "v4flash-1node.yaml", ["job.layers=[3, 44]"])
+
+
 def test_more_ranks_than_devices_and_more_time_than_the_cluster_gives_are_refused_together() -> None:
     with pytest.raises(InputError) as failure:
         load(
             CONFIGS / "v4pro-2node.yaml",
-            ["topology.ranks_per_node=8", "topology.tp=16", "topology.ep=16", "limits.time_min=721"],
+            [
+                "topology={nodes: 2, ranks_per_node: 8, tp: 16, ep: 16}",
+                "limits.time_min=721",
+            ],
         )
     devices, time = str(failure.value).splitlines()
     assert devices.endswith("ranks_per_node: 8 is more than the 4 devices of a node of beverin")

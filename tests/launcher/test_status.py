@@ -1,5 +1,6 @@
 """What is said of a run, from its folder and from what Slurm answers."""
 
+import io
 import json
 import os
 import time
@@ -7,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from jobs.events import EventLog
-from launcher import slurm
+from launcher import show, slurm
 from launcher.errors import InputError
 from launcher.plan import Plan
 from launcher.runs import all_runs, find_run, record_submission
@@ -77,6 +79,28 @@ def test_a_running_job_shows_the_rank_that_is_furthest_behind(plan: Plan, cluste
         log.write("progress", done=done, total=43)
     found = status(plan)
     assert (found.state, found.progress, found.elapsed) == ("running", "weights 3/43", "3:01")
+
+
+def test_a_loading_shows_bytes_rate_and_time_left_of_every_rank(plan: Plan, cluster: Slurm) -> None:
+    cluster.jobs["7"] = JobState("7", "RUNNING", "", "3:01", "1:00:00")
+    for rank, done in enumerate((30e9, 20e9, 36.8e9)):
+        log = EventLog(plan.run_dir, rank)
+        log._stage = "weights"
+        left = (36.8e9 - done) / 0.5e9
+        log.write("progress", done=done, total=36.8e9, unit="bytes", rate=0.5e9, left_s=left)
+    found = status(plan)
+    assert found.progress == "weights 20 GB of 36.8 GB, 500 MB/s, 34 s left, 3 of 4 ranks"
+    assert found.ranks == (
+        "weights 30 GB of 36.8 GB, 500 MB/s, 14 s left",
+        "weights 20 GB of 36.8 GB, 500 MB/s, 34 s left",
+        "weights 36.8 GB of 36.8 GB, 500 MB/s",
+        "",
+    )
+    out = Console(file=io.StringIO(), width=200)
+    show.statuses([found], (), out, as_json=False)
+    assert isinstance(out.file, io.StringIO)
+    assert "rank 1: weights 20 GB of 36.8 GB, 500 MB/s, 34 s left\nrank 2:" in out.file.getvalue()
+    assert "rank 3: has not begun" in out.file.getvalue()
 
 
 def test_a_job_in_neither_squeue_nor_sacct_is_unknown_not_ended(plan: Plan, cluster: Slurm) -> None:

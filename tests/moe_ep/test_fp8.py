@@ -2,7 +2,8 @@
 
 import torch
 
-from moe_ep.fp8 import block_grid, dequantise_blocks, quantise_blocks
+from moe_ep.fp8 import dequantise_blocks, quantise_blocks
+from moe_ep.shape import block_grid
 
 
 def test_partial_edge_blocks_have_scales_of_their_own() -> None:

@@ -1,0 +1,194 @@
+"""Bytes that a rank would hold, item by item, before anything is started."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launcher.config import layer_numbers
+from launcher.errors import InputError
+from launcher.schema import Config
+from launcher.topology import RankPlace, rank_places
+from launcher.units import GB
+from moe_ep.attention import INDEXED_RATIO, AttentionShape
+from moe_ep.headers import CONFIG, CheckpointError, read_headers
+from moe_ep.ranges import READ_BYTES
+from moe_ep.shape import ModelShape
+from moe_ep.tensors import TensorSpec, model_specs, moe_specs
+
+Scope = Literal["job", "model"]
+
+# Matrices of attention that a TP group shards, by columns of heads and groups of heads (as DeepSeek's own code does).
+_SHARDED = ("attn.wq_b.", "attn.wo_a.", "attn.wo_b.", "attn.attn_sink")
+
+# Bytes of a cache entry: 448 values and 64 rotary ones in bf16 with scales, and the indexer's 128 with one scale.
+_ENTRY = {"fp8": (448 + 2 * 64 + 8, 128 + 4), "bf16": (2 * 512, 2 * 128)}
+
+
+@dataclass(frozen=True)
+class Item:
+    """What bytes of a rank are for. `job`: those that the config's job takes; `model`: of the whole model, served."""
+
+    name: str
+    job: int
+    model: int
+    how: str
+
+    def of(self, scope: Scope) -> int:
+        """Bytes of one of the two."""
+        return self.job if scope == "job" else self.model
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One rank's items."""
+
+    rank: int
+    node: int
+    items: tuple[Item, ...]
+
+    def total(self, scope: Scope) -> int:
+        """Bytes of all items."""
+        return sum(item.of(scope) for item in self.items)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a checkpoint by what they are for."""
+
+    experts: tuple[int, ...]
+    """By global expert, over all layers."""
+    shared: int
+    routers: int
+    embeddings: int
+    sharded: int
+    """What a TP group can shard of attention."""
+    rest: int
+    mtp_experts: tuple[int, ...]
+    mtp_rest: int
+
+
+def kv_bytes(attention: AttentionShape, layers: int, context: int, batch: int, kind: Literal["fp8", "bf16"]) -> int:
+    """Bytes of the cache of `batch` sequences of `context` tokens over the first `layers` layers.
+
+    A layer keeps one entry for every `ratio` tokens and the last `window` tokens as they are; where the ratio is 4 the
+    indexer keeps a key for each entry too. There is one head, so every rank of a TP group holds all of it.
+    """
+    entry, key = _ENTRY[kind]
+    total = 0
+    for layer in range(layers):
+        ratio = attention.ratio(layer)
+        total += min(context, attention.window) * entry
+        if ratio:
+            total += -(-context // ratio) * (entry + (key if ratio == INDEXED_RATIO else 0))
+    return batch * total
+
+
+def tensors_of(
+    config: Config, checkpoint: Path | None
+) -> tuple[Iterable[tuple[str, TensorSpec]], AttentionShape | None, str]:
+    """Every tensor of the model, attention's sizes, and where they are from: the headers in `checkpoint` where that is
+    a folder of one, else the model file.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint is there but damaged, or its sizes are not the model file's.
+    """
+    shape, attention = config.model.sizes, config.model.attention_sizes
+    if checkpoint is not None and (checkpoint / CONFIG).is_file():
+        try:
+            headers = read_headers(checkpoint)
+        except CheckpointError as error:
+            raise InputError(f"model.checkpoint: {error}") from None
+        if headers.shape != shape:
+            raise InputError(f"model.checkpoint: {checkpoint}: sizes are {headers.shape}, the model file says {shape}")
+        found = ((info.name, info.spec) for info in headers.tensors.values())
+        return found, headers.attention or attention, f"headers of {checkpoint}"
+    if attention is not None:
+        return model_specs(shape, attention), attention, "the model file's sizes"
+    specs = (item for layer in shape.all_layers for item in moe_specs(shape, layer).items())
+    return specs, None, "the model file's sizes, which do not give attention's: only the MoE part is planned"
+
+
+def weigh(specs: Iterable[tuple[str, TensorSpec]], shape: ModelShape) -> Weights:
+    """Add the tensors' bytes up by what they are for."""
+    experts, mtp_experts = [0] * shape.experts, [0] * shape.experts
+    sums = dict.fromkeys(("shared", "routers", "embeddings", "sharded", "rest", "mtp_rest"), 0)
+    for name, spec in specs:
+        _, marker, below = name.partition(".ffn.experts.")
+        mtp = name.startswith("mtp.")
+        number = below.split(".", 1)[0]
+        if marker and number.isdecimal() and int(number) < shape.experts:
+            (mtp_experts if mtp else experts)[int(number)] += spec.nbytes
+        else:
+            sums["mtp_rest" if mtp else _kind(name)] += spec.nbytes
+    return Weights(experts=tuple(experts), mtp_experts=tuple(mtp_experts), **sums)
+
+
+def _kind(name: str) -> str:
+    if ".ffn.shared_experts." in name:
+        return "shared"
+    if ".ffn.gate." in name:
+        return "routers"
+    if name.startswith(("embed.", "head.")):
+        return "embeddings"
+    return "sharded" if any(part in name for part in _SHARDED) else "rest"
+
+
+def ranks_of(config: Config, weights: Weights, attention: AttentionShape | None) -> tuple[RankMemory, ...]:
+    """What every rank of a config holds."""
+    places = rank_places(config.topology, config.model.sizes.experts)
+    # Ranks with the same experts hold the same: one of them is planned.
+    by_experts = {place.experts: _items(config, place, weights, attention) for place in places}
+    return tuple(RankMemory(place.rank, place.node, by_experts[place.experts]) for place in places)
+
+
+def _items(config: Config, place: RankPlace, weights: Weights, attention: AttentionShape | None) -> tuple[Item, ...]:
+    shape, topology, cluster, memory = config.model.sizes, config.topology, config.cluster, config.memory
+    layers = layer_numbers(config) if config.job.kind == "probe" else layer_numbers(config)[:1]
+    held = shape.held_bytes(layers, len(place.experts), expert_tp=topology.expert_tp, shared_tp=topology.shared_tp)
+    dense_tp = topology.tp if topology.dense == "sharded" else 1
+    mine = slice(place.experts.start, place.experts.stop)
+    tokens = max(*config.job.throughput.batch_sizes, config.job.parity.tokens)
+    reference = 3 * shape.hidden * shape.intermediate * 4 if config.job.kind == "probe" else 0
+    share = f"{len(place.experts)} of {shape.experts} a layer"
+    share += f", 1/{topology.expert_tp} of each" if topology.expert_tp > 1 else ""
+    shared = f"1/{topology.shared_tp} of each" if topology.shared_tp > 1 else "replicated"
+    dense = f"1/{dense_tp} of each" if dense_tp > 1 else "replicated"
+    whole_shared = weights.shared // topology.shared_tp
+    cache = kv_bytes(attention, shape.layers, memory.context, memory.batch, memory.kv) if attention else 0
+    mtp = sum(weights.mtp_experts[mine]) // topology.expert_tp + weights.mtp_rest
+    gpu = cluster.arch != "cpu"
+    return (
+        Item("routed experts", held["routed experts"], sum(weights.experts[mine]) // topology.expert_tp, share),
+        Item("shared experts", held["shared experts"] // 2, whole_shared, shared),
+        Item(
+            "shared experts, bf16 instead of fp8",
+            held["shared experts"] - held["shared experts"] // 2,
+            whole_shared,
+            "as the layer holds them",
+        ),
+        Item("routers", held["routers"] + held["expert maps"], weights.routers, "replicated"),
+        Item("dense weights, sharded by TP", 0, weights.sharded // dense_tp, dense),
+        Item("dense weights, replicated", 0, weights.rest, "low ranks, compressors, indexer, norms, mixing"),
+        Item("embeddings and head", 0, weights.embeddings // dense_tp, dense),
+        Item("MTP layers", 0, mtp, share + ", the rest replicated" if mtp else "none"),
+        Item(
+            "KV cache",
+            0,
+            cache,
+            f"{memory.batch} × {memory.context} tokens, {memory.kv}"
+            if attention
+            else "not known without attention's sizes",
+        ),
+        Item("workspace", (work := shape.workspace_bytes(tokens)) + reference, work, f"{tokens} tokens"),
+        Item(
+            "reading",
+            (read := config.job.reading.threads * READ_BYTES if gpu else 0),
+            read,
+            f"{config.job.reading.threads} threads" if gpu else "into the tensors",
+        ),
+        Item("communicator", int(cluster.communicator_gb * GB), int(cluster.communicator_gb * GB), "cluster's figure"),
+        Item("reserve", int(cluster.reserve_gb * GB), int(cluster.reserve_gb * GB), "system, runtime, process"),
+    )

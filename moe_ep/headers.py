@@ -1,0 +1,290 @@
+"""What a checkpoint folder holds, from its JSON files and the headers of its safetensors files. Needs no torch.
+
+Whatever the files say, nothing worse comes of it than a `CheckpointError`: no more memory than a small multiple of the
+largest header that is allowed, and no more time than reading it.
+"""
+
+import hashlib
+import json
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_ep.attention import AttentionShape
+from moe_ep.shape import ModelShape
+from moe_ep.tensors import ITEM_BYTES, TensorSpec
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+
+MOST_HEADER_BYTES = 100_000_000
+"""What safetensors itself allows."""
+MOST_JSON_BYTES = 200_000_000
+_SAMPLES, _SAMPLE_BYTES = 16, 4096
+_MOST_DIMENSIONS = 16
+_LENGTH = struct.Struct("<Q")
+
+
+class CheckpointError(ValueError):
+    """The checkpoint is not what was expected; the message names the file or the tensor."""
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """By what a file is known again: a file that is replaced or written to has another."""
+
+    inode: int
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> "FileStamp":
+        """Of an open file."""
+        found = os.fstat(descriptor)
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint, from its file's header."""
+
+    name: str
+    file: Path
+    spec: TensorSpec
+    offset: int
+    """Of its first byte in the file."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A safetensors file without its data."""
+
+    file: Path
+    stamp: FileStamp
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class CheckpointHeaders:
+    """A checkpoint folder without its data."""
+
+    path: Path
+    shape: ModelShape
+    attention: AttentionShape | None
+    """None where config.json does not give its sizes."""
+    tensors: dict[str, TensorInfo]
+    stamps: Mapping[Path, FileStamp]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def read_headers(path: Path) -> CheckpointHeaders:
+    """Read a folder's config.json, its index and every shard's header.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, damaged or outside the folder, or the model is not a DeepSeek-V4 with mxfp4 experts.
+    """
+    config = _read_json(path / CONFIG)
+    try:
+        shape = ModelShape.from_config(config, where=str(path / CONFIG))
+        attention = AttentionShape.from_config(config)
+    except ValueError as error:
+        text = str(error)
+        raise CheckpointError(text if text.startswith(str(path)) else f"{path / CONFIG}: {text}") from None
+    weight_map = _weight_map(path)
+    headers = {file: read_header(path / file) for file in sorted(set(weight_map.values()))}
+    missing = sorted(name for name, file in weight_map.items() if name not in headers[file].tensors)
+    if missing:
+        raise CheckpointError(
+            f"{path / weight_map[missing[0]]}: tensor {missing[0]} of the index is not in the file "
+            f"({len(missing)} missing in all)"
+        )
+    # A name may stand in several files: the index says which one counts.
+    tensors = {name: headers[file].tensors[name] for name, file in weight_map.items()}
+    return CheckpointHeaders(path, shape, attention, tensors, {h.file: h.stamp for h in headers.values()})
+
+
+def fingerprint(headers: CheckpointHeaders) -> str:
+    """By which a checkpoint is known again, wherever it lies: a hash of its tensors' names, dtypes, shapes and places,
+    and of samples of every file's data, so that weights which were trained on differ though their headers do not.
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for info in sorted(headers.tensors.values(), key=lambda i: i.name):
+        digest.update(f"{info.name}|{info.file.name}|{info.spec}|{info.offset}\n".encode())
+    for file, stamp in sorted(headers.stamps.items()):
+        try:
+            with file.open("rb") as f:
+                for sample in range(_SAMPLES):
+                    digest.update(os.pread(f.fileno(), _SAMPLE_BYTES, stamp.size * sample // _SAMPLES))
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}") from None
+    return digest.hexdigest()
+
+
+def read_header(file: Path) -> Header:
+    """Read and check one file's header: a length (u64, little-endian), JSON, then the tensors' bytes without gaps.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file, or it is not a whole and consistent safetensors file; names the file, and the tensor
+        where one is at fault.
+    """
+    try:
+        # Not blocking: a FIFO in the folder must not hold up the job.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file, but the index names it") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise _damaged(file, "it is not a regular file")
+        stamp = FileStamp.of(descriptor)
+        text, begin = _header_text(file, descriptor, stamp.size)
+        return _parse(file, stamp, text, begin)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from None
+    finally:
+        os.close(descriptor)
+
+
+def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], *, length: int | None = None) -> bytes:
+    """The first bytes of a safetensors file with these tensors one after another, filled up to `length` with spaces.
+
+    Raises
+    ------
+    ValueError
+        If it takes more than `length`.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust((length or len(text) + _LENGTH.size) - _LENGTH.size)
+    if length is not None and _LENGTH.size + len(text) > length:
+        raise ValueError(f"the header takes {_LENGTH.size + len(text)} bytes, more than {length}")
+    return _LENGTH.pack(len(text)) + text
+
+
+def _header_text(file: Path, descriptor: int, size: int) -> tuple[bytes, int]:
+    """The JSON, and where the data begin."""
+    start = os.pread(descriptor, _LENGTH.size, 0)
+    if len(start) < _LENGTH.size:
+        raise _damaged(file, f"it has {len(start)} bytes, a header takes at least {_LENGTH.size}")
+    (length,) = _LENGTH.unpack(start)
+    if length > size - _LENGTH.size:
+        raise _damaged(file, f"truncated: its header of {length} bytes is longer than the file ({size} bytes)")
+    if length > MOST_HEADER_BYTES:
+        raise _damaged(file, f"its header has {length} bytes, at most {MOST_HEADER_BYTES} are allowed")
+    text = os.pread(descriptor, length, _LENGTH.size)
+    if len(text) < length:
+        raise CheckpointError(f"{file}: truncated while its header was read")
+    return text, _LENGTH.size + length
+
+
+def _parse(file: Path, stamp: FileStamp, text: bytes, begin: int) -> Header:
+    header = _loads(file, text)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise _damaged(file, "its __metadata__ is not an object")
+    tensors = {name: _tensor(file, name, entry, begin, stamp.size) for name, entry in header.items()}
+    previous: TensorInfo | None = None
+    for info in sorted(tensors.values(), key=lambda i: (i.offset, i.nbytes)):
+        if previous is not None and info.offset < previous.offset + previous.nbytes:
+            raise _damaged(file, f"{info.name} overlaps {previous.name}")
+        previous = info
+    return Header(file, stamp, tensors, {str(k): str(v) for k, v in metadata.items()})
+
+
+def _tensor(file: Path, name: str, entry: Any, begin: int, size: int) -> TensorInfo:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise _damaged(file, f"{name} has no dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _damaged(file, f"{name} has the unknown dtype {str(dtype)[:40]!r}")
+    if not _naturals(shape) or len(shape) > _MOST_DIMENSIONS:
+        raise _damaged(file, f"{name} has the shape {str(shape)[:80]}")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _damaged(file, f"{name} has data_offsets {str(offsets)[:80]}")
+    spec, nbytes = TensorSpec(dtype, tuple(shape)), offsets[1] - offsets[0]
+    if begin + offsets[1] > size:
+        raise CheckpointError(f"{file}: truncated, {name} ends past the end of the file")
+    if spec.nbytes != nbytes:
+        raise _damaged(file, f"{name} is {spec}, which takes {spec.nbytes} bytes, but its data_offsets span {nbytes}")
+    return TensorInfo(name, file, spec, begin + offsets[0], nbytes)
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = _read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path / INDEX}: expected a weight_map from tensor names to file names")
+    for name, file in weight_map.items():
+        # A plain name: a path could lead out of the folder. (Links may: caches of model hubs are made of them.)
+        if "/" in file or "\0" in file or file in ("", ".", ".."):
+            raise CheckpointError(
+                f"{path / INDEX}: {name} is said to be in {file!r}; expected a file's name in this folder"
+            )
+    return weight_map
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: not a regular file")
+        with path.open("rb") as file:
+            text = file.read(MOST_JSON_BYTES + 1)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if len(text) > MOST_JSON_BYTES:
+        raise CheckpointError(f"{path}: longer than {MOST_JSON_BYTES} bytes")
+    return _loads(path, text)
+
+
+def _loads(file: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{file}: {twice[:200]} stands there twice")
+        return found
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        what = "a JSON object" if file.suffix == ".json" else "a safetensors file"
+        raise CheckpointError(f"{file}: not {what}: {type(error).__name__}: {str(error)[:200]}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: not a {'JSON object' if file.suffix == '.json' else 'safetensors file'}")
+    return value
+
+
+def _damaged(file: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{file}: not a safetensors file: {why}")

@@ -1,0 +1,252 @@
+"""Fetching planned byte ranges: several threads, positional reads, bounded memory, no mapping. Needs no torch.
+
+A file's bytes go straight from the page cache into the final tensors, scattered by the system call itself; what has
+been copied is dropped from the cache behind the reads, since on a device that shares its memory with the host those
+pages would take the place of weights. Where the file system takes O_DIRECT the cache can be left out altogether, at the
+price of a copy from aligned memory.
+"""
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_ep.headers import CheckpointError, FileStamp
+from moe_ep.ranges import MOST_GAP, READ_BYTES, Read
+
+THREADS = 8
+PROGRESS_S = 1.0
+"""How often progress is told."""
+ALIGNMENT = 4096
+"""Of offsets, lengths and memory under O_DIRECT: no disk's logical block is larger."""
+
+Allocate = Callable[[int], memoryview]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a loading is: bytes that have arrived of those wanted, over how many seconds."""
+
+    done: int
+    total: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second so far."""
+        return self.done / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds that the rest takes at this rate; None while nothing has come."""
+        return (self.total - self.done) / self.rate if self.done else None
+
+
+class StalledError(RuntimeError):
+    """No byte has arrived for too long; names the files that are waited for."""
+
+
+def aligned_memory(nbytes: int) -> memoryview:
+    """Writable memory that begins at a page."""
+    return memoryview(mmap.mmap(-1, nbytes))
+
+
+def fetch(
+    reads: Sequence[Read],
+    stamps: Mapping[Path, FileStamp],
+    *,
+    threads: int = THREADS,
+    direct: bool = False,
+    stall_s: float | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    allocate: Allocate = aligned_memory,
+) -> int:
+    """Fill the pieces of all reads. Returns the bytes that were read, gaps and, under `direct`, edges included.
+
+    Beside the pieces' own memory it takes at most `threads` × about 16 MiB, and that only for sinks or under `direct`
+    (`allocate` gives it). `stamps` says what each file was when its header was read. `on_progress` is called from the
+    caller's thread about once a second, and at the end.
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read, is shorter than its header says, or has changed; names file and tensor.
+    StalledError
+        If for `stall_s` seconds no byte has arrived.
+    """
+    total, started = sum(read.wanted for read in reads), time.monotonic()
+    with _Files(stamps, direct) as files:
+        worker = _Worker(files, direct, allocate)
+        pool = ThreadPoolExecutor(max(1, min(threads, len(reads))), thread_name_prefix="fetch")
+        try:
+            for done in _as_they_come(pool, worker, reads, stall_s):
+                on_progress(Progress(done, total, time.monotonic() - started))
+            files.check_unchanged()
+        finally:
+            worker.stop.set()
+            # A thread that hangs in a system call cannot be ended, and must not be waited for.
+            pool.shutdown(wait=not worker.stalled, cancel_futures=True)
+    return worker.bytes_read
+
+
+def _as_they_come(
+    pool: ThreadPoolExecutor, worker: "_Worker", reads: Sequence[Read], stall_s: float | None
+) -> Iterator[int]:
+    """Wanted bytes that have arrived, about once a second and at the end."""
+    running: dict[Future[None], Read] = {pool.submit(worker, read): read for read in reads}
+    done, told, moved, seen = 0, time.monotonic(), time.monotonic(), -1
+    while running:
+        finished, _ = wait(running, timeout=PROGRESS_S, return_when=FIRST_COMPLETED)
+        for future in finished:
+            read = running.pop(future)
+            future.result()
+            done += read.wanted
+        now = time.monotonic()
+        if worker.bytes_read != seen:
+            seen, moved = worker.bytes_read, now
+        if stall_s is not None and now - moved > stall_s:
+            worker.stalled = True
+            waiting = sorted({str(read.file) for read in running.values()})[:3]
+            raise StalledError(f"no byte has arrived for {now - moved:.0f} s; waiting for {', '.join(waiting)}")
+        if now - told >= PROGRESS_S:
+            told = now
+            yield done
+    yield done
+
+
+class _Files:
+    """The files of a fetch, opened when they are first needed and known by what they were."""
+
+    def __init__(self, stamps: Mapping[Path, FileStamp], direct: bool) -> None:
+        self._stamps, self._direct = stamps, direct
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._open:
+                flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
+                self._open[file] = os.open(file, flags)
+                with suppress(OSError):  # no reading ahead: what follows a read is another thread's, or nobody's
+                    os.posix_fadvise(self._open[file], 0, 0, os.POSIX_FADV_RANDOM)
+                self._check(file)
+            return self._open[file]
+
+    def size(self, file: Path) -> int:
+        return self._stamps[file].size
+
+    def check_unchanged(self) -> None:
+        for file in self._open:
+            self._check(file)
+
+    def _check(self, file: Path) -> None:
+        found, known = FileStamp.of(self._open[file]), self._stamps[file]
+        if found != known:
+            raise CheckpointError(
+                f"{file}: has changed since its header was read ({known.size} bytes then, {found.size} now): "
+                "something writes to the checkpoint; load it when that has ended"
+            )
+
+
+class _Worker:
+    """What a thread does with one read."""
+
+    def __init__(self, files: _Files, direct: bool, allocate: Allocate) -> None:
+        self._files, self._direct, self._allocate = files, direct, allocate
+        self._own = threading.local()
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+        self.stop = threading.Event()
+        self.stalled = False
+
+    def __call__(self, read: Read) -> None:
+        if self.stop.is_set():
+            return
+        try:
+            descriptor = self._files.descriptor(read.file)
+            if self._direct or any(not isinstance(piece.target, memoryview) for piece in read.pieces):
+                self._by_way_of_memory(descriptor, read)
+            else:
+                self._scatter(descriptor, read)
+        except CheckpointError:
+            self.stop.set()  # what has not begun yet would be read for nothing
+            raise
+        except OSError as error:
+            self.stop.set()
+            names = read.pieces[0].name + (f" to {read.pieces[-1].name}" if len(read.pieces) > 1 else "")
+            raise CheckpointError(f"{read.file}: reading {names} failed: {error}") from None
+
+    def _scatter(self, descriptor: int, read: Read) -> None:
+        """Straight into the pieces' own memory."""
+        buffers = list(_with_gaps(read, self._memory))
+        self._fill(descriptor, read, buffers, read.offset, read.nbytes)
+
+    def _by_way_of_memory(self, descriptor: int, read: Read) -> None:
+        """Into memory of this thread's own, whole blocks of it under O_DIRECT, and from there to the pieces."""
+        begin, end = read.offset, read.offset + read.nbytes
+        if self._direct:
+            begin, end = begin // ALIGNMENT * ALIGNMENT, -(-end // ALIGNMENT) * ALIGNMENT
+        memory = self._memory(end - begin)
+        # The last block of a file is short.
+        self._fill(descriptor, read, [memory], begin, min(end, self._files.size(read.file)) - begin)
+        for piece in read.pieces:
+            part = memory[piece.offset - begin : piece.end - begin]
+            if isinstance(piece.target, memoryview):
+                piece.target[:] = part
+            else:
+                piece.target(piece.at, part)
+
+    def _fill(self, descriptor: int, read: Read, buffers: list[memoryview], offset: int, nbytes: int) -> None:
+        done = 0
+        while done < nbytes and not self.stop.is_set():
+            count = os.preadv(descriptor, buffers, offset + done)
+            if count == 0:
+                lost = next((p.name for p in read.pieces if p.end > offset + done), read.pieces[-1].name)
+                raise CheckpointError(f"{read.file}: truncated, {lost} ends past the end of the file")
+            done += count
+            with self._lock:
+                self.bytes_read += count
+            if done < nbytes:
+                buffers = list(_after(buffers, count))
+        if not self._direct:
+            with suppress(OSError):  # advice: not every file system takes it
+                os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def _memory(self, nbytes: int) -> memoryview:
+        """This thread's memory, of at least that many bytes."""
+        memory: memoryview | None = getattr(self._own, "memory", None)
+        if memory is None or len(memory) < nbytes:
+            wanted = max(nbytes, READ_BYTES + 2 * ALIGNMENT if self._direct else nbytes)
+            memory = self._own.memory = self._allocate(wanted)
+        return memory[:nbytes]
+
+
+def _with_gaps(read: Read, memory: Callable[[int], memoryview]) -> Iterator[memoryview]:
+    """Where each byte of a read goes; those of the gaps all into the same memory."""
+    position = read.offset
+    for piece in read.pieces:
+        if piece.offset > position:
+            yield memory(MOST_GAP)[: piece.offset - position]
+        if isinstance(piece.target, memoryview):  # as all of a read that is scattered
+            yield piece.target
+        position = piece.end
+
+
+def _after(buffers: Sequence[memoryview], count: int) -> Iterator[memoryview]:
+    """The buffers without their first `count` bytes."""
+    for buffer in buffers:
+        if count < len(buffer):
+            yield buffer[count:]
+        count = max(0, count - len(buffer))

@@ -1,0 +1,71 @@
+"""Where a tensor's bytes go: CPU tensors are read into, others are copied to from the reader's own memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_ep.checkpoint import host_bytes
+from moe_ep.headers import TensorInfo
+from moe_ep.ranges import Piece
+from moe_ep.reading import Allocate, aligned_memory
+
+
+def into(info: TensorInfo, target: Tensor, *, first_row: int = 0) -> Piece:
+    """Rows of a tensor from `first_row` on, as many as `target` (contiguous) has; all of it, where shapes agree."""
+    nbytes = target.nbytes
+    row_bytes = info.nbytes // info.spec.shape[0] if info.spec.shape and info.spec.shape[0] else 0
+    offset = info.offset + first_row * row_bytes
+    if target.device.type == "cpu":
+        return Piece(info.name, info.file, offset, nbytes, host_bytes(target))
+    return Piece(info.name, info.file, offset, nbytes, copy_into(target))
+
+
+def into_columns(info: TensorInfo, target: Tensor, first_column: int) -> Piece:
+    """Columns of a matrix from `first_column` on, as many as `target` [rows, columns] has.
+
+    The whole matrix is read: a row's part is smaller than what a disk or a page cache hands out.
+    """
+    rows, _ = info.spec.shape
+    width = info.nbytes // rows
+    item = target.element_size()
+    columns = slice(first_column * item, (first_column + target.shape[1]) * item)
+    wanted = target.view(torch.uint8)
+
+    def take(at: int, data: memoryview) -> None:
+        source = torch.frombuffer(data, dtype=torch.uint8)
+        head = min(-at % width, len(source))
+        body = (len(source) - head) // width * width
+        for start, stop in ((0, head), (head + body, len(source))):
+            if stop > start:
+                _take_part_of_row(source[start:stop], (at + start) % width, wanted[(at + start) // width], columns)
+        if body:
+            first = (at + head) // width
+            whole = source[head : head + body].view(-1, width)[:, columns]
+            wanted[first : first + len(whole)].copy_(whole)
+
+    return Piece(info.name, info.file, info.offset, info.nbytes, take)
+
+
+def allocator(device: torch.device) -> Allocate:
+    """Gives memory from which copies to the device are fast."""
+    if device.type == "cpu":
+        return aligned_memory
+    return lambda nbytes: host_bytes(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True))
+
+
+def _take_part_of_row(data: Tensor, at: int, row: Tensor, columns: slice) -> None:
+    """Bytes `at` and following of a row that is cut between two reads."""
+    start, stop = max(at, columns.start), min(at + len(data), columns.stop)
+    if start < stop:
+        row[start - columns.start : stop - columns.start].copy_(data[start - at : stop - at])
+
+
+def copy_into(target: Tensor) -> Callable[[int, memoryview], None]:
+    """A sink that copies to `target`, contiguous and on any device."""
+    flat = target.reshape(-1).view(torch.uint8)
+
+    def copy(at: int, data: memoryview) -> None:
+        flat[at : at + len(data)].copy_(torch.frombuffer(data, dtype=torch.uint8))
+
+    return copy

@@ -1,0 +1,187 @@
+"""What a rank would hold: the published figures of DeepSeek-V4 on MI300A, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from launcher.config import load
+from launcher.errors import InputError
+from launcher.fit import MemoryPlan, plan_memory
+from launcher.memory import RankMemory, kv_bytes
+from launcher.show_memory import describe
+from moe_ep.headers import CONFIG
+from moe_ep.synthetic import write_checkpoint
+from tests.checkout import CONFIGS, ROOT, importable
+
+PUBLISHED_DENSE = (
+    "shared experts",
+    "routers",
+    "dense weights, sharded by TP",
+    "dense weights, replicated",
+    "embeddings and head",
+)
+
+
+def planned(name: str, *overrides: str) -> MemoryPlan:
+    return plan_memory(load(CONFIGS / f"{name}.yaml", overrides, {"SCRATCH": "/scratch/user"}))
+
+
+def gb(rank: RankMemory, names: Sequence[str]) -> float:
+    """Of the whole model."""
+    return sum(item.model for item in rank.items if item.name in names) / 1e9
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "with_dense"),
+    [
+        ("v4flash-1node", 36.8, 45.8),
+        ("v4flash-2node", 18.4, 27.4),
+        ("v4pro-2node", 102.8, 131.9),
+        ("v4pro-4node", 51.4, 80.6),
+    ],
+)
+def test_experts_and_replicated_dense_weights_are_the_published_gigabytes(
+    name: str, experts: float, with_dense: float
+) -> None:
+    plan = planned(name, "topology.dense=replicated", "topology.shared_expert=replicated")
+    rank = plan.ranks[-1]
+    assert gb(rank, ["routed experts"]) == pytest.approx(experts, abs=0.05)
+    mtp = gb(rank, ["MTP layers"]) - gb(rank, ["routed experts"]) / (43 if "flash" in name else 61)
+    assert gb(rank, ["routed experts", *PUBLISHED_DENSE]) + mtp == pytest.approx(with_dense, abs=0.15)
+
+
+def test_with_tp_for_the_dense_part_pro_on_two_nodes_takes_108_to_110_gb_a_rank() -> None:
+    rank = planned("v4pro-2node", "topology.shared_expert=sharded").ranks[0]
+    assert 108 <= gb(rank, ["routed experts", *PUBLISHED_DENSE]) <= 110
+
+
+def test_the_report_that_began_this_is_refused_as_it_was_found() -> None:
+    ep1, ep4 = planned("repro-1node-ep1"), planned("repro-1node-ep4")
+    assert ep1.job.state == ep4.job.state == "does not fit"
+    assert {round(rank.items[0].job / 1e9) for rank in ep1.ranks} == {822}
+    assert {round(rank.items[0].job / 1e8) for rank in ep4.ranks} == {2055}
+    assert ep4.job.advice == ("4 nodes (topology.nodes=4, tp=16, ep=16)",)
+    assert describe(ep4.job).startswith("does not fit: 228 GB of 125.8 GB a rank; would fit: 4 nodes")
+
+
+def test_pro_on_two_nodes_is_tight_as_a_probe_and_too_large_as_a_whole_and_comfortable_on_four() -> None:
+    two, four = planned("v4pro-2node"), planned("v4pro-4node")
+    assert (two.job.state, two.model.state) == ("tight", "does not fit")
+    assert (four.job.state, four.model.state) == ("fits", "fits")
+    assert [planned(f"v4flash-{n}node").model.state for n in (1, 2)] == ["fits", "fits"]
+
+
+def test_what_is_advised_fits() -> None:
+    advised = [
+        ("repro-1node-ep4", ["topology.nodes=4", "topology.tp=16", "topology.ep=16"]),
+        ("v4flash-1node", ["memory.context=131072", "memory.batch=64"]),
+    ]
+    plan = planned("v4flash-1node", "memory.context=1048576", "memory.batch=64")
+    assert plan.model.state == "does not fit"
+    assert "memory.context=131072" in plan.model.advice
+    for name, overrides in advised:
+        assert planned(name, *overrides).model.state == "fits"
+
+
+def test_advice_names_slicing_and_sharding_where_they_suffice() -> None:
+    shared = planned("v4pro-2node", "topology.shared_expert=replicated", "cluster.device_memory_gb=124")
+    assert shared.job.state == "does not fit"
+    assert "topology.shared_expert=sharded (tight)" in shared.job.advice
+    dense = planned("v4pro-4node", "topology.dense=replicated", "cluster.device_memory_gb=98")
+    assert any(text.startswith("topology.dense=sharded") for text in dense.model.advice)
+    ep = planned("v4pro-4node", "topology.ep=4")
+    assert "topology.ep=16" in ep.job.advice
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "per_token", "window"),
+    [
+        ("v4flash-1node", "fp8", 3850, 3.2e6),
+        ("v4flash-1node", "bf16", 6880, None),
+        ("v4pro-2node", "fp8", 5511, 4.6e6),
+        ("v4pro-2node", "bf16", 9848, None),
+    ],
+)
+def test_the_cache_takes_the_published_bytes(model: str, kind: str, per_token: int, window: float | None) -> None:
+    config = load(CONFIGS / f"{model}.yaml", (), {"SCRATCH": "/x"})
+    attention, layers = config.model.attention_sizes, config.model.sizes.layers
+    assert attention is not None
+    assert kind in ("fp8", "bf16")
+    small, large = (kv_bytes(attention, layers, n, 1, "fp8" if kind == "fp8" else "bf16") for n in (1 << 19, 1 << 20))
+    assert (large - small) / (1 << 19) == pytest.approx(per_token, abs=1)
+    if window is not None:
+        assert 2 * small - large == pytest.approx(window, rel=0.02)
+
+
+def test_an_odd_number_of_experts_makes_ranks_that_hold_more_and_the_fullest_decides() -> None:
+    plan = planned("v4flash-1node", "model.shape.experts=255")
+    held = [rank.items[0].job for rank in plan.ranks]
+    assert held[0] == held[1] == held[2] == held[3] * 64 // 63
+    assert plan.job.needed == plan.ranks[0].total("job") > plan.ranks[3].total("job")
+
+
+def test_slices_of_experts_and_the_shared_expert_take_their_part() -> None:
+    whole, cut = (
+        planned("v4flash-1node", "topology.ep=1"),
+        planned(
+            "v4flash-1node",
+            "topology={nodes: 1, ranks_per_node: 4, tp: 4, ep: 1, expert_tp: 4, shared_expert: sharded}",
+        ),
+    )
+    items = [{item.name: item.job for item in plan.ranks[0].items} for plan in (whole, cut)]
+    for name in ("routed experts", "shared experts"):
+        assert items[0][name] == 4 * items[1][name]
+
+
+def test_a_checkpoint_of_other_sizes_or_a_damaged_one_is_an_input_error(tmp_path: Path) -> None:
+    config = load(CONFIGS / "tiny.yaml")
+    write_checkpoint(tmp_path / "model", config.model.sizes)
+    assert plan_memory(config, tmp_path / "model").source == f"headers of {tmp_path}/model"
+    other = load(CONFIGS / "tiny.yaml", ["model.shape.experts=8"])
+    with pytest.raises(InputError, match=r"sizes are .*the model file says"):
+        plan_memory(other, tmp_path / "model")
+    (tmp_path / "model" / CONFIG).write_text("{}")
+    with pytest.raises(InputError, match=r"config\.json: model_type is None"):
+        plan_memory(config, tmp_path / "model")
+
+
+def launcher(cwd: Path, *args: str) -> "subprocess.CompletedProcess[str]":
+    env = os.environ | importable() | {"COLUMNS": "120", "SCRATCH": str(cwd)}
+    command = [sys.executable, "-m", "launcher", *args]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_command_shows_items_nodes_and_verdicts_and_exits_by_the_job(tmp_path: Path) -> None:
+    done = launcher(tmp_path, "plan", str(ROOT / "configs/v4pro-2node.yaml"))
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "v4pro-2node: rank 0–7",
+        "102.8 GB",
+        "48 of 384 a layer",
+        "0, 1",
+        "this probe: tight: 118.2 GB of 125.8",
+    ):
+        assert text in done.stdout
+    refused = launcher(tmp_path, "plan", str(ROOT / "configs/repro-1node-ep4.yaml"), "--json")
+    assert refused.returncode == 1
+    plan = json.loads(refused.stdout)
+    assert plan["job"]["state"] == "does not fit"
+    assert plan["nodes"][0]["job"] == sum(item["job"] for rank in plan["ranks"] for item in rank["items"])
+
+
+def test_submit_refuses_what_does_not_fit_and_says_what_would(tmp_path: Path) -> None:
+    tiny = [str(ROOT / "configs/tiny.yaml"), "--set", "cluster.device_memory_gb=0.001"]
+    done = launcher(tmp_path, "submit", *tiny)
+    assert done.returncode == 2
+    assert "memory: does not fit: 1.181 MB of 1 MB a rank" in done.stderr
+    assert "--force submits it" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    shown = launcher(tmp_path, "submit", *tiny, "--dry-run")
+    assert "would not be submitted: memory: does not fit" in shown.stdout
+    forced = launcher(tmp_path, "submit", *tiny, "--force", "--dry-run")
+    assert "would not be submitted" not in forced.stdout
