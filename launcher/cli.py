@@ -95,6 +95,32 @@ def report(run: Run, folder: Runs = RUNS, as_json: AsJson = False) -> None:
     sys.exit(commands.make_report(run, folder, as_json=as_json))
 
 
+@app.command("compare")
+def compare(
+    named: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[BASELINE]... RUN",
+            help="Runs (see logs) or report.json files, oldest first; the last is judged by those before it. "
+            "Alone it is judged by the earlier runs of its name.",
+        ),
+    ],
+    folder: Runs = RUNS,
+    history: Annotated[
+        Path | None, typer.Option("--history", help="Take the runs that nightlies have kept here as the baseline too.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write the gates as JUnit XML into this file.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of compare, in percent.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a run by earlier ones. Exit code 0 passed, 1 regressed or failed, 2 no verdict or wrong input."""
+    from launcher import verdicts
+
+    sys.exit(verdicts.compare_runs(named, folder, history, junit, override or (), as_json=as_json))
+
+
 def main() -> None:
     """Entry point: exit code 0 well, 1 the job failed, 2 the input is wrong."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was started is ended first

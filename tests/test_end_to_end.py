@@ -75,7 +75,9 @@ def test_one_command_goes_from_a_yaml_to_a_report(tmp_path: Path) -> None:
     assert [line["batch_size"] for line in report["throughput"]] == [0, 1, 5]
     for line in report["throughput"][1:]:
         assert line["us_per_layer_min"] <= line["us_per_layer"] <= line["us_per_layer_max"]
-        assert line["tokens_per_s"] == pytest.approx(line["batch_size"] / (line["us_per_layer"] * 4e-6), rel=1e-6)
+        assert line["total_token_throughput"] == pytest.approx(
+            line["batch_size"] / (line["us_per_layer"] * 4e-6), rel=1e-6
+        )
     stages = ["env", "selector", "weights", "parity", "memory", "throughput", "done"]
     assert [list(rank["stages"]) for rank in report["ranks"]] == [stages] * 4
     # Each rank reads a quarter of the experts; the rest is replicated.
@@ -96,7 +98,7 @@ def test_two_ep_groups_of_two_ranks_work_on_tokens_of_their_own(tmp_path: Path) 
     report = json.loads(done.stdout)
     assert [rank["ep_group"] for rank in report["ranks"]] == [0, 0, 1, 1]
     (line,) = report["throughput"]
-    assert line["tokens_per_s"] == pytest.approx(2 * 2 / (line["us_per_layer"] * 4e-6), rel=1e-6)
+    assert line["total_token_throughput"] == pytest.approx(2 * 2 / (line["us_per_layer"] * 4e-6), rel=1e-6)
 
 
 def test_a_parity_beyond_its_tolerance_fails_the_job_and_reports_the_figure(tmp_path: Path) -> None:
