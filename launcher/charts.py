@@ -25,7 +25,7 @@ class Point:
 
 def log_chart(points: Sequence[Point], x_name: str, y_name: str) -> Markup:
     """Points over evenly spaced x, logarithmic in y, each with its spread; the bounds as a dashed line."""
-    width, height, left, right, top, bottom = 720, 300, 96, 20, 28, 46
+    width, height, left, right, top, bottom = 720, 320, 110, 20, 48, 60
     values = [v for p in points for v in (p.low, p.high, p.bound) if v]
     if not values:
         return Markup("")
@@ -46,9 +46,9 @@ def log_chart(points: Sequence[Point], x_name: str, y_name: str) -> Markup:
         out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y}" y2="{y}"/>')
         out.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{_power(power)}</text>')
     for i, point in enumerate(points):
-        out.append(f'<text x="{at_x(i)}" y="{height - bottom + 20}" text-anchor="middle">{point.x:g}</text>')
-    out.append(f'<text x="{width - right}" y="{height - 4}" text-anchor="end">{x_name}</text>')
-    out.append(f'<text x="4" y="16">{y_name}</text>')
+        out.append(f'<text x="{at_x(i)}" y="{height - bottom + 24}" text-anchor="middle">{point.x:g}</text>')
+    out.append(f'<text x="{width - right}" y="{height - 8}" text-anchor="end">{x_name}</text>')
+    out.append(f'<text x="4" y="22">{y_name}</text>')
     bounds = [(at_x(i), at_y(p.bound)) for i, p in enumerate(points) if p.bound]
     if bounds:
         out.append(f'<polyline class="floor" points="{_path(bounds)}"/>')

@@ -9,8 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from launcher.charts import Point, log_chart, strip
-from launcher.report_text import THROUGHPUT_HEADS, headline, number, throughput_rows, versions, what_is_timed
-from launcher.units import size
+from launcher.report_text import THROUGHPUT_HEADS, headline, throughput_rows, versions, what_is_timed
+from launcher.units import figure, size
 
 COLOURS = tuple(f"var(--c{i})" for i in range(7))
 TONES = {"completed": "good", "failed": "bad", "timeout": "bad", "out of memory": "bad", "node failed": "bad"}
@@ -35,7 +35,7 @@ def page(report: dict[str, Any]) -> str:
         "report.html.j2",
         title=headline(report),
         report=report,
-        verdict=headline(report),
+        verdict=headline(report).partition(": ")[2],
         tone=TONES.get(report["run"]["state"], "unsure"),
         tiles=[{"what": what, "value": value} for what, value in _tiles(report)],
         layout=_layout(report),
@@ -71,9 +71,9 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
     tiles = []
     if report["throughput"]:
         best = max(report["throughput"], key=lambda line: line["total_token_throughput"])
-        tiles.append((f"tokens/s at batch {best['batch_size']}", f"{best['total_token_throughput']:,.4g}"))
-        tiles.append(("tokens/s/GPU", number(best["tokens_per_s_per_gpu"], ",.4g")))
-        tiles.append(("p99 latency of that pass", f"{number(best['p99_latency_ms'], ',.4g')} ms"))
+        tiles.append((f"tokens/s at batch {best['batch_size']}", figure(best["total_token_throughput"])))
+        tiles.append(("tokens/s/GPU", figure(best["tokens_per_s_per_gpu"])))
+        tiles.append(("p99 latency of that pass", f"{figure(best['p99_latency_ms'])} ms"))
     if report["parity"] and report["parity"]["layers"]:
         errors = [line["relative_error"] for line in report["parity"]["layers"].values()]
         worst = "not a number" if None in errors else f"{max(errors):.2e}"
@@ -88,7 +88,8 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _layout(report: dict[str, Any]) -> str:
     t, model = report["config"]["topology"], report["config"]["model"]
     return (
-        f"{model['name']} on {report['config']['cluster']['name']}: {t['nodes']} nodes × {t['ranks_per_node']} ranks, "
+        f"{model['name']} on {report['config']['cluster']['name']}: {t['nodes']} node{'s'[: t['nodes'] != 1]} × "
+        f"{t['ranks_per_node']} ranks, "
         f"TP {t['tp']}, EP {t['ep']}; {model['shape']['experts']} experts a layer, "
         f"top {model['shape']['top_k']}."
     )
@@ -197,7 +198,7 @@ def _timeline(ranks: Sequence[dict[str, Any]], colours: Mapping[str, str]) -> li
                 # A stage that never ended goes on to where the run does.
                 "width": round(100 * (whole - s["begun_s"] if s["seconds"] is None else s["seconds"]) / whole, 2),
                 "colour": colours[name],
-                "text": f"{name}: {number(s['seconds'], '.3g')} s",
+                "text": f"{name}: {figure(s['seconds'])} s",
             }
             for name, s in rank["stages"].items()
             if s["begun_s"] is not None
@@ -211,7 +212,7 @@ def _loading(ranks: Sequence[dict[str, Any]]) -> str:
     found = {
         rank["rank"]: (rank["stages"]["weights"]["seconds"], rank["weights"].get("bytes_read"))
         for rank in ranks
-        if rank["stages"].get("weights", {}).get("seconds")
+        if rank["stages"].get("weights", {}).get("state") == "done"
     }
     if not found:
         return ""

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.units import size
+from launcher.units import figure, size
 
 
 def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -140,12 +140,12 @@ THROUGHPUT_HEADS = (
     "batch",
     "tokens/s",
     "tokens/s/GPU",
-    "mean latency, ms",
+    "latency mean, ms",
     "median",
     "p99",
-    "µs per layer (spread)",
+    "µs/layer (spread)",
     "floor",
-    "combine, µs",
+    "combine",
     "passes",
 )
 LOAD_HEADS = ("layer", "experts, mean/max tokens", "busiest expert", "ranks, mean/max tokens")
@@ -157,7 +157,7 @@ def what_is_timed(report: dict[str, Any]) -> str:
     return (
         f"Through the {first['layers']} loaded MoE layers alone (router, experts, combine, shared expert); the slowest "
         "rank of each pass. The floor is what the packed experts that are hit take to read at the device's copy rate, "
-        "or their matmuls at its matmul rate. The spread is of the fastest and the slowest pass."
+        "or their matmuls at its matmul rate, whichever is longer; it and the combine are µs of a layer. The spread is of the fastest and the slowest pass."
     )
 
 
@@ -166,15 +166,15 @@ def throughput_rows(report: dict[str, Any]) -> list[list[str]]:
     return [
         [
             str(line["batch_size"]),
-            f"{line['total_token_throughput']:,.1f}",
-            number(line["tokens_per_s_per_gpu"], ",.1f"),
-            number(line["mean_latency_ms"], ",.3f"),
-            number(line["median_latency_ms"], ",.3f"),
-            number(line["p99_latency_ms"], ",.3f"),
+            figure(line["total_token_throughput"]),
+            figure(line["tokens_per_s_per_gpu"]),
+            figure(line["mean_latency_ms"]),
+            figure(line["median_latency_ms"]),
+            figure(line["p99_latency_ms"]),
             f"{line['us_per_layer']:,.0f} ({line['us_per_layer_min']:,.0f}…{line['us_per_layer_max']:,.0f})",
-            number(line["floor_us_per_layer"], ",.3g"),
-            number(line["combine_us"], ",.0f"),
-            f"{line['completed']} of {line['requested']}",
+            figure(line["floor_us_per_layer"]),
+            figure(line["combine_us"]),
+            f"{line['completed']}/{line['requested']}",
         ]
         for line in report["throughput"]
     ]
@@ -183,7 +183,10 @@ def throughput_rows(report: dict[str, Any]) -> list[list[str]]:
 def memory_rows(report: dict[str, Any]) -> list[list[str]]:
     """Rank, bytes planned, held, at the peak of the device's allocator, of the process."""
     keys = ("planned_total", "measured_total", "device_peak", "process_resident")
-    return [[str(line["rank"]), *(number(line[key], ",d") for key in keys)] for line in report["memory"]]
+    return [
+        [str(line["rank"]), *("–" if line[key] is None else f"{line[key]:,}" for key in keys)]
+        for line in report["memory"]
+    ]
 
 
 def load_rows(report: dict[str, Any]) -> list[list[str]]:
@@ -196,11 +199,6 @@ def load_rows(report: dict[str, Any]) -> list[list[str]]:
         busiest = routes.index(max(routes))
         rows.append([layer, f"{load['balance'][layer]:.2f}", f"{busiest}: {max(routes)} routes", f"{even:.2f}"])
     return rows
-
-
-def number(value: float | None, form: str) -> str:
-    """A number, or a dash for what was not measured."""
-    return "–" if value is None else format(value, form)
 
 
 def _rank_row(rank: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from launcher.history import History
 from launcher.junit import Case, junit
 from launcher.sample import sample_of
 from launcher.samples import earlier_runs, reports_of, settings_of
-from launcher.units import size
+from launcher.units import figure, size
 
 EXIT_CODES = {"passed": 0, "regressed": 1, "failed": 1, "no verdict": 2}
 
@@ -112,7 +112,7 @@ _HEADS = ("metric", "run", "baseline", "change for the worse", "noise", "allowed
 
 def quantity(value: float, unit: str) -> str:
     """A value with its unit."""
-    return size(value) if unit == "B" else f"{value:,.4g} {unit}".strip()
+    return size(value) if unit == "B" else f"{figure(value)} {unit}".strip()
 
 
 def _plain(out: Console, text: str) -> None:
