@@ -121,6 +121,39 @@ def compare(
     sys.exit(verdicts.compare_runs(named, folder, history, junit, override or (), as_json=as_json))
 
 
+History = Annotated[Path, typer.Option("--history", help="The folder that the nights are kept in; made if need be.")]
+
+
+@app.command("nightly")
+def nightly(
+    configs: Annotated[list[Path], typer.Argument(help="The runs' YAMLs.")],
+    history: History,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of every config.")
+    ] = None,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="How many runs may be submitted at once.")] = 4,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write the gates as JUnit XML into this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit all configs, wait, judge each by its history. Exit code 1 if one failed or regressed; started again
+    after it was killed, it goes on where it was."""
+    from launcher import nightly as nights
+
+    code = nights.nightly(configs, history, override or (), parallel=parallel, junit_file=junit, as_json=as_json)
+    sys.exit(code)
+
+
+@app.command("accept")
+def accept(
+    run_id: Annotated[str, typer.Argument(help="The id of a valid run of a nightly.")], history: History
+) -> None:
+    """Let a config's baseline begin anew with a run, e.g. after a change that is slower and wanted."""
+    from launcher.history import History as Store
+
+    Store(history).accept(run_id)
+    print(f"{run_id}: the baseline begins with it")
+
+
 def main() -> None:
     """Entry point: exit code 0 well, 1 the job failed, 2 the input is wrong."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what was started is ended first

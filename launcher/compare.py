@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from launcher.baseline import Judgement, judge
-from launcher.sample import GATES, Gate, Sample
+from launcher.sample import GATES, Gate, Metric, Sample
 from launcher.schema import Compare
 
 Verdict = Literal["passed", "regressed", "failed", "no verdict"]
@@ -39,6 +39,13 @@ class Comparison:
         """For JSON, where what is infinite (worse than a baseline of 0) is null."""
         value: dict[str, Any] = _finite(asdict(self))
         return value
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Comparison":
+        """The inverse of `as_dict`."""
+        excluded = tuple((run_id, why) for run_id, why in value["excluded"])
+        gates = tuple(_gate(gate) for gate in value["gates"])
+        return cls(**(value | {"gates": gates, "excluded": excluded, "baseline": tuple(value["baseline"])}))
 
 
 def compare(sample: Sample, earlier: Sequence[Sample], settings: Compare) -> Comparison:
@@ -120,6 +127,11 @@ def _reason(judgement: Judgement) -> str:
         f"{judgement.metric.name}: {judgement.change:+.2f} % worse than the baseline, "
         f"{judgement.threshold:g} % are allowed (noise {judgement.noise:.2f} %)"
     )
+
+
+def _gate(value: dict[str, Any]) -> GateResult:
+    judgements = tuple(Judgement(**(j | {"metric": Metric(**j["metric"])})) for j in value["judgements"])
+    return GateResult(value["gate"], value["verdict"], tuple(value["reasons"]), judgements)
 
 
 def _finite(value: Any) -> Any:

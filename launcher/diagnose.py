@@ -75,7 +75,7 @@ RULES = (
         "raise limits.time_min; launcher resume keeps what was measured",
     ),
     _rule(
-        r"NODE_FAIL|node fail|lost node|killed from outside",
+        r"NODE_FAIL|node fail|lost node|killed from outside|node \S+ is down",
         "a process was killed from outside: a lost node, SIGKILL, or the host's memory killer",
         "look at the node (scontrol show node, dmesg); cluster.exclude keeps a bad one out; then launcher resume",
     ),

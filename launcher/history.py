@@ -8,6 +8,7 @@ is passed over.
 
 import json
 import os
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class History:
         """Add a record to its night's file. Raises `InputError` if it cannot be written."""
         self._append(record.night, {"record": asdict(record)})
 
-    def accept(self, run_id: str, writer: str) -> None:
+    def accept(self, run_id: str) -> None:
         """Let the baseline of a run's config begin anew with this run, whatever its verdict was.
 
         Raises
@@ -56,7 +57,7 @@ class History:
         if not found or not found[0].sample.valid:
             why = f"not valid: {found[0].sample.problems[0]}" if found else "no such run in this history"
             raise InputError(f"{run_id}: {why}; only a valid run can be a baseline")
-        self._append(writer, {"accept": run_id})
+        self._append(f"accepted-{run_id}-{socket.gethostname()}-{os.getpid()}", {"accept": run_id})
 
     def records(self) -> list[Record]:
         """All records, in the order in which the runs were planned; one a run."""

@@ -218,7 +218,7 @@ def _loading(ranks: Sequence[dict[str, Any]]) -> str:
         return ""
     slowest = max(found, key=lambda rank: found[rank][0])
     seconds, read = found[slowest]
-    rate = f", {size(read / seconds)}/s of {size(read)}" if read else ""
+    rate = f", {size(read / seconds)}/s of {size(read)}" if read and seconds else ""
     return (
         f"Weights: {median(s for s, _ in found.values()):,.2f} s in the median, "
         f"{seconds:,.2f} s on rank {slowest}, the slowest{rate}."

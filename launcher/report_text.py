@@ -157,7 +157,8 @@ def what_is_timed(report: dict[str, Any]) -> str:
     return (
         f"Through the {first['layers']} loaded MoE layers alone (router, experts, combine, shared expert); the slowest "
         "rank of each pass. The floor is what the packed experts that are hit take to read at the device's copy rate, "
-        "or their matmuls at its matmul rate, whichever is longer; it and the combine are µs of a layer. The spread is of the fastest and the slowest pass."
+        "or their matmuls at its matmul rate, whichever is longer; it and the combine are µs of a layer. The spread is "
+        "of the fastest and the slowest pass."
     )
 
 
