@@ -115,6 +115,8 @@ def _metric_gates(sample: Sample, kept: Sequence[Sample], settings: Compare) -> 
             if metric.gate == gate
         )
         reasons = tuple(_reason(j) for j in judgements if j.verdict != "passed")
+        if len(kept) < settings.min_runs:
+            reasons = (judgements[0].reason,) if judgements else ()
         if not judgements:
             reasons = (f"the run has no metric of {gate}",)
         yield GateResult(gate, worst([j.verdict for j in judgements]), reasons, judgements)

@@ -166,7 +166,7 @@ class _Worker:
 
     def _keep(self, entry: Entry, run_dir: Path, comparison: Comparison, sample: Sample) -> None:
         entry.verdict, entry.comparison = comparison.verdict, comparison.as_dict()
-        entry.reasons = [reason for gate in comparison.gates for reason in gate.reasons]
+        entry.reasons = list(dict.fromkeys(reason for gate in comparison.gates for reason in gate.reasons))
         for kind in ("html", "json", "md"):  # run folders lie on scratch, which is purged
             with suppress(OSError):
                 text = (run_dir / f"report.{kind}").read_text(encoding="utf-8")

@@ -1,18 +1,26 @@
 """report.html is one file that needs nothing else, at any size and for any end of a run."""
 
+import base64
 import re
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher import report
 from launcher.charts import Point, log_chart, sparkline, strip
+from launcher.compare import compare
+from launcher.history import History, Record
 from launcher.html import page
+from launcher.index import index_page
 from launcher.plan import Plan
+from launcher.schema import Compare
 from launcher.units import figure
 from tests.launcher.plans import fixed_plan
 from tests.launcher.probes import write_probe
+from tests.launcher.samples import sample
 from tests.launcher.test_report_schema import valid
 
 VOID = {"meta", "link", "br", "img", "circle", "line", "polyline", "rect"}
@@ -139,12 +147,29 @@ def test_a_sparkline_has_gaps_where_nights_failed() -> None:
 
 @pytest.mark.parametrize("values", [[0, 1, 2, 4], [0] * 5])
 def test_a_strip_is_a_png_of_one_row(values: list[int]) -> None:
-    import base64
-    import zlib
-
     png = base64.b64decode(strip(values, max(values)).partition(",")[2])
     assert png.startswith(b"\x89PNG")
     assert int.from_bytes(png[16:20], "big") == len(values)
     data = png.split(b"IDAT")[1]
     alphas = list(zlib.decompress(data)[4::4])
     assert alphas == [round(255 * v / max(values)) if max(values) else 0 for v in values]
+
+
+def test_the_index_shows_the_night_and_every_metric_over_the_nights(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    for i, throughput in enumerate((1000.0, 1003.0, 998.0, 870.0), start=1):
+        one = sample(i, throughput)
+        comparison = compare(one, history.baseline("tiny"), Compare())
+        history.append(Record(f"night-{i}", "/run", comparison.verdict, "completed", (), one))
+    line: dict[str, Any] = {"name": "tiny", "verdict": "regressed", "state": "completed", "run_id": one.run_id}
+    line |= {"reasons": ["<slow>"], "comparison": comparison.as_dict()}
+    summary = {"night": "night-4", "verdict": "regressed", "ended": "2026", "configs": [line]}
+    text = index_page(tmp_path, history.records(), summary)
+    found = read(text)
+    words = " ".join(found.text)
+    assert all(metric.name in words for metric in one.metrics)
+    assert "870.0 tokens/s" in words
+    assert text.count("<svg") == len(one.metrics) + len(one.trends)
+    assert "<slow>" not in text
+    assert re.findall(r'<a class="(\w+)" title', text) == ["unsure", "unsure", "unsure", "bad"]
+    assert not re.search(r"https?://", text)
