@@ -16,7 +16,7 @@ from typing import Any
 from launcher.errors import InputError
 from launcher.sample import Sample
 
-RECORDS = "records"
+RECORDS, NIGHTS = "records", "nights"
 _FORMAT = 1
 
 
@@ -30,6 +30,11 @@ class Record:
     state: str
     reasons: tuple[str, ...]
     sample: Sample
+
+    @property
+    def page(self) -> str:
+        """Path of the copy of its report, below the history's folder and without its suffix."""
+        return f"{NIGHTS}/{self.night}/{self.sample.config}-{self.sample.run_id}"
 
 
 class History:
@@ -62,11 +67,11 @@ class History:
     def records(self) -> list[Record]:
         """All records, in the order in which the runs were planned; one a run."""
         found = {
-            record.sample.run_id: record
+            (record.sample.run_id, record.sample.config): record
             for line in self._lines()
             if "record" in line and (record := _record(line["record"])) is not None
         }
-        return [found[run_id] for run_id in sorted(found)]
+        return [found[key] for key in sorted(found)]
 
     def baseline(self, config: str) -> list[Sample]:
         """Valid runs of a config, oldest first, that did not regress; from the last accepted one on."""

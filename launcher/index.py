@@ -76,5 +76,5 @@ def _bands(comparison: dict[str, Any]) -> dict[str, tuple[float | None, float | 
 
 
 def _href(folder: Path, record: Record) -> str:
-    page = Path("nights") / record.night / f"{record.sample.run_id}.html"
-    return str(page) if (folder / page).exists() else ""
+    page = f"{record.page}.html"
+    return page if (folder / page).exists() else ""

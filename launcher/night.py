@@ -13,10 +13,10 @@ from typing import Any, Literal
 from launcher.compare import Verdict
 from launcher.errors import InputError
 from launcher.files import write_atomically
+from launcher.history import NIGHTS
 from launcher.plan import new_run_id
 from launcher.processes import Process
 
-NIGHTS = "nights"
 _STATE = "night.json"
 _SILENT_S = 600.0
 """A night on another host that has not been heard of for so long has no process any more."""
@@ -39,6 +39,7 @@ class Entry:
     reasons: list[str] = field(default_factory=list)
     verdict: Verdict = "no verdict"
     comparison: dict[str, Any] | None = None
+    page: str = ""
 
 
 @dataclass

@@ -166,14 +166,16 @@ class _Worker:
 
     def _keep(self, entry: Entry, run_dir: Path, comparison: Comparison, sample: Sample) -> None:
         entry.verdict, entry.comparison = comparison.verdict, comparison.as_dict()
-        entry.reasons = list(dict.fromkeys(reason for gate in comparison.gates for reason in gate.reasons))
+        gates = comparison.gates if sample.valid else comparison.gates[:1]  # the others say that it is not
+        entry.reasons = list(dict.fromkeys(reason for gate in gates for reason in gate.reasons))
+        reasons = tuple(entry.reasons)
+        record = Record(self._night.night, str(run_dir), comparison.verdict, entry.state, reasons, sample)
         for kind in ("html", "json", "md"):  # run folders lie on scratch, which is purged
             with suppress(OSError):
                 text = (run_dir / f"report.{kind}").read_text(encoding="utf-8")
-                write_atomically(self._night.folder / f"{sample.run_id}.{kind}", text)
-        self._store.append(
-            Record(self._night.night, str(run_dir), comparison.verdict, entry.state, tuple(entry.reasons), sample)
-        )
+                write_atomically(self._store.folder / f"{record.page}.{kind}", text)
+        entry.page = f"{record.page}.html"
+        self._store.append(record)
         entry.phase = "judged"
 
     def _fail(self, entry: Entry, why: str) -> None:
@@ -232,6 +234,7 @@ def summary_of(night: Night) -> dict[str, Any]:
                 "reasons": entry.reasons,
                 "run_dir": entry.run_dir or None,
                 "run_id": Path(entry.run_dir).name or None,
+                "report": entry.page or None,
                 "comparison": entry.comparison,
             }
             for entry in night.entries

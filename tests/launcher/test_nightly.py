@@ -150,7 +150,7 @@ def test_a_broken_config_and_a_refused_one_leave_the_others_alone(
     assert {"broken", "refused", "nope"} <= set(failures)
     (folder,) = (tmp_path / "history" / "nights").iterdir()
     assert json.loads((folder / "summary.json").read_text())["verdict"] == "failed"
-    assert (folder / f"{found['good']['run_id']}.html").is_file(), "the report outlives the run's folder"
+    assert (tmp_path / "history" / found["good"]["report"]).is_file(), "the report outlives the run's folder"
 
 
 def test_a_job_that_may_have_been_taken_is_not_submitted_again(cluster: Cluster, tmp_path: Path) -> None:

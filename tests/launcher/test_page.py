@@ -161,7 +161,13 @@ def test_the_index_shows_the_night_and_every_metric_over_the_nights(tmp_path: Pa
         one = sample(i, throughput)
         comparison = compare(one, history.baseline("tiny"), Compare())
         history.append(Record(f"night-{i}", "/run", comparison.verdict, "completed", (), one))
-    line: dict[str, Any] = {"name": "tiny", "verdict": "regressed", "state": "completed", "run_id": one.run_id}
+    line: dict[str, Any] = {
+        "name": "tiny",
+        "verdict": "regressed",
+        "state": "completed",
+        "run_id": one.run_id,
+        "report": None,
+    }
     line |= {"reasons": ["<slow>"], "comparison": comparison.as_dict()}
     summary = {"night": "night-4", "verdict": "regressed", "ended": "2026", "configs": [line]}
     text = index_page(tmp_path, history.records(), summary)

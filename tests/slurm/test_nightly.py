@@ -94,7 +94,7 @@ def test_the_verdicts_on_five_nights_are_right(lab: Lab, tmp_path: Path) -> None
     assert (code, config["verdict"]) == (1, "failed")
     assert "after it had run" in config["reasons"][0]
     assert f"node {SECOND} is down" in config["reasons"][0]
-    page = next((tmp_path / "history" / "nights").glob(f"*/{config['run_id']}.html")).read_text()
+    page = (tmp_path / "history" / config["report"]).read_text()
     assert f"node {SECOND} is down" in page
     cases = {c.get("name"): [child.tag for child in c] for c in ET.parse(tmp_path / "junit.xml").iter("testcase")}
     skipped = ("throughput", "latency", "memory", "parity")
