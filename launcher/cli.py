@@ -131,6 +131,9 @@ def nightly(
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of every config.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Begin none; only go on with a night that was broken off.")
+    ] = False,
     parallel: Annotated[int, typer.Option("--parallel", min=1, help="How many runs may be submitted at once.")] = 4,
     junit: Annotated[Path | None, typer.Option("--junit", help="Write the gates as JUnit XML into this file.")] = None,
     as_json: AsJson = False,
@@ -139,7 +142,9 @@ def nightly(
     after it was killed, it goes on where it was."""
     from launcher import nightly as nights
 
-    code = nights.nightly(configs, history, override or (), parallel=parallel, junit_file=junit, as_json=as_json)
+    code = nights.nightly(
+        configs, history, override or (), parallel=parallel, resume=resume, junit_file=junit, as_json=as_json
+    )
     sys.exit(code)
 
 

@@ -67,16 +67,25 @@ class Night:
         write_atomically(self.folder / _STATE, json.dumps(value, indent=2) + "\n")
 
 
-def begin(history: Path, configs: Sequence[Path], overrides: Sequence[str]) -> tuple[Night, bool]:
-    """The night to work on, and whether it is one that was broken off: one of the same configs and overrides whose
-    process is gone is gone on with; else a new one begins. Raises `InputError` if the folder cannot be written."""
+def broken_off(history: Path, configs: Sequence[Path], overrides: Sequence[str]) -> Night | None:
+    """The night of the same configs and overrides that has not ended and whose process is gone; it is this process's
+    from now on. None if there is none, or another process took it. Raises `InputError` if it cannot be written."""
     wanted = [str(path.absolute()) for path in configs]
     try:
-        for folder in sorted((history / NIGHTS).glob(f"*/{_STATE}")):
-            found = _abandoned(folder.parent, wanted, list(overrides))
+        for state in sorted((history / NIGHTS).glob(f"*/{_STATE}")):
+            found = _abandoned(state.parent, wanted, list(overrides))
             if found is not None and _claim(found):
                 found.save()
-                return found, True
+                return found
+    except OSError as error:
+        raise InputError(f"--history {history}: cannot be written: {error}") from None
+    return None
+
+
+def begin(history: Path, configs: Sequence[Path], overrides: Sequence[str]) -> Night:
+    """A new night. Raises `InputError` if the folder cannot be written."""
+    wanted = [str(path.absolute()) for path in configs]
+    try:
         night = new_run_id(datetime.now(UTC))
         entries = [Entry(config, Path(config).stem) for config in wanted]
         new = Night(night, history / NIGHTS / night, list(overrides), entries)
@@ -84,7 +93,7 @@ def begin(history: Path, configs: Sequence[Path], overrides: Sequence[str]) -> t
         new.save()
     except OSError as error:
         raise InputError(f"--history {history}: cannot be written: {error}") from None
-    return new, False
+    return new
 
 
 def _abandoned(folder: Path, configs: list[str], overrides: list[str]) -> Night | None:

@@ -26,7 +26,7 @@ from launcher.files import write_atomically
 from launcher.history import History, Record
 from launcher.index import index_page
 from launcher.junit import Case, junit
-from launcher.night import Entry, Night, begin
+from launcher.night import Entry, Night, begin, broken_off
 from launcher.outcome import GAVE_UP
 from launcher.runs import last_submission
 from launcher.sample import Sample, sample_of
@@ -52,14 +52,23 @@ def nightly(
     overrides: Sequence[str],
     *,
     parallel: int,
+    resume: bool,
     junit_file: Path | None,
     as_json: bool,
 ) -> int:
-    """One night. Exit code 0 if nothing failed or regressed, 1 if something did, 2 if no config could be used."""
+    """One night; with `resume` only one that was broken off.
+
+    Returns the exit code: 0 if nothing failed or regressed, 1 if something did, 2 if no config could be used.
+    """
     store = History(history)
-    night, again = begin(history, configs, overrides)
-    if again:
+    night = broken_off(history, configs, overrides)
+    if night:
         _say(f"going on with night {night.night}, which was broken off")
+    elif resume:
+        _say("no night was broken off")
+        return 0
+    else:
+        night = begin(history, configs, overrides)
     worker = _Worker(night, store)
     try:
         while any(entry.phase != "judged" for entry in night.entries):

@@ -16,7 +16,7 @@ import pytest
 from launcher import nightly as nights
 from launcher.errors import InputError, UnclearSubmissionError
 from launcher.history import History
-from launcher.night import Entry, Night, begin
+from launcher.night import Entry, Night, begin, broken_off
 from launcher.nightly import deadline_missed
 from launcher.plan import Plan
 from launcher.runs import record_submission
@@ -111,7 +111,7 @@ def configs_named(folder: Path, *names: str) -> list[Path]:
 
 
 def worker_of(tmp_path: Path, configs: list[Path]) -> tuple[Any, Night]:
-    night, _ = begin(tmp_path / "history", configs, [])
+    night = begin(tmp_path / "history", configs, [])
     return nights._Worker(night, History(tmp_path / "history")), night
 
 
@@ -138,7 +138,7 @@ def test_a_broken_config_and_a_refused_one_leave_the_others_alone(
             raise InputError("sbatch refused the request: Invalid account")
 
     cluster.problem, cluster.at_once = refuse, True
-    options: dict[str, Any] = {"parallel": 4, "junit_file": tmp_path / "j.xml", "as_json": True}
+    options: dict[str, Any] = {"parallel": 4, "resume": False, "junit_file": tmp_path / "j.xml", "as_json": True}
     code = nights.nightly([*configs, tmp_path / "nope.yaml"], tmp_path / "history", [], **options)
     assert code == 1
     found = {line["name"]: line for line in json.loads(capsys.readouterr().out)["configs"]}
@@ -183,17 +183,17 @@ def test_a_run_that_stands_still_is_ended_and_has_failed(cluster: Cluster, tmp_p
 
 def test_a_night_whose_process_is_gone_is_gone_on_with_by_one(tmp_path: Path) -> None:
     configs = configs_named(tmp_path, "a")
-    first, again = begin(tmp_path / "history", configs, [])
-    assert not again
-    other, again = begin(tmp_path / "history", configs, [])
-    assert (other.night == first.night, again) == (False, False), "its process (this one) lives"
+    history = tmp_path / "history"
+    first = begin(history, configs, [])
+    assert broken_off(history, configs, []) is None, "its process (this one) lives"
     state = json.loads((first.folder / "night.json").read_text())
     state["owner"]["started"] -= 1
     (first.folder / "night.json").write_text(json.dumps(state))
-    assert begin(tmp_path / "history", configs, ["run.seed=1"])[1] is False, "not with other overrides"
-    found, again = begin(tmp_path / "history", configs, [])
-    assert (found.night, again) == (first.night, True)
-    assert begin(tmp_path / "history", configs, [])[1] is False, "it is taken"
+    assert broken_off(history, configs, ["run.seed=1"]) is None, "not with other overrides"
+    found = broken_off(history, configs, [])
+    assert found is not None
+    assert found.night == first.night
+    assert broken_off(history, configs, []) is None, "it is taken"
 
 
 SMALL = [
@@ -214,13 +214,21 @@ def test_a_nightly_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
-    done = subprocess.run([*command, "--json"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "--json", "--resume"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
     assert "going on with night" in done.stderr
     summary = json.loads(done.stdout)
     assert (done.returncode, summary["configs"][0]["state"]) == (0, "completed")
     assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1, "nothing was submitted twice"
     assert len(list((tmp_path / "history" / "nights").iterdir())) == 1
     assert [r.sample.run_id for r in History(tmp_path / "history").records()] == [summary["configs"][0]["run_id"]]
+
+
+def test_where_no_night_was_broken_off_resume_begins_none(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher", "nightly", str(CONFIGS / "tiny.yaml"), "--history", "history"]
+    done = subprocess.run([*command, "--resume"], cwd=tmp_path, env=os.environ | importable())
+    assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
 
 
 def test_a_nightly_of_nothing_but_wrong_configs_exits_with_2(tmp_path: Path) -> None:
