@@ -11,6 +11,10 @@ from launcher.sample import MAD_TO_SIGMA, MEDIAN_ERROR, Metric
 Verdict = Literal["passed", "regressed", "no verdict"]
 
 _Z = 2.0
+_BEYOND_DOUBT = 3.0
+"""Times the noise that a change must exceed to count where the noise is larger than the threshold: a collapse is one,
+a bad hour of a busy machine is not."""
+
 _FEW = 6
 """Below so many values their range is used beside the MAD, which of so few is often near 0 by chance."""
 
@@ -39,7 +43,7 @@ def judge(metric: Metric, history: Sequence[Metric], threshold: float, min_runs:
 
     With B the median of the history, noise is what an unchanged run may differ from B by (`noise_of`), and
 
-        no verdict   noise > threshold, unless the change is beyond the two together
+        no verdict   noise > threshold, unless change > threshold + 3 noise
         regressed    change > threshold
         passed       else
 
@@ -61,7 +65,7 @@ def judge(metric: Metric, history: Sequence[Metric], threshold: float, min_runs:
     noise = 0.0 if metric.gate == "parity" else _percent(metric, noise_of(metric, history), middle, sign=1)
     verdict: Verdict = "regressed" if change > threshold else "passed"
     reason = ""
-    if noise > threshold and change <= threshold + noise:
+    if noise > threshold and change <= threshold + _BEYOND_DOUBT * noise:
         verdict, reason = "no verdict", f"noise of {noise:.1f} % is larger than the threshold of {threshold:g} %"
     return Judgement(metric, verdict, reason, len(values), middle, mad, change, noise, threshold)
 

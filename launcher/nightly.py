@@ -9,23 +9,18 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from launcher import config as configuration
 from launcher import plan as planning
 from launcher import report, slurm, submit
 from launcher.commands import submit_recorded
-from launcher.compare import Comparison, compare, worst
+from launcher.compare import Comparison, compare
 from launcher.errors import InputError, UnclearSubmissionError
 from launcher.events import read_events
 from launcher.files import write_atomically
 from launcher.history import History, Record
-from launcher.index import index_page
-from launcher.junit import Case, junit
 from launcher.night import Entry, Night, begin, broken_off
 from launcher.outcome import GAVE_UP
 from launcher.runs import last_submission
@@ -33,11 +28,9 @@ from launcher.sample import Sample, sample_of
 from launcher.samples import settings_of
 from launcher.schema import Limits
 from launcher.status import RunStatus, statuses
-from launcher.verdicts import cases
+from launcher.summary import finish, show
 from launcher.watch import UNKNOWN_S, write_note
 
-SCHEMA = "moe-ep/nightly-summary"
-SCHEMA_VERSION = 1
 POLL_S = 3.0
 
 STOP_S = 180.0
@@ -84,7 +77,7 @@ def nightly(
     if as_json:
         out.print_json(json.dumps(summary))
     else:
-        _show(summary, night, store, out)
+        show(summary, night, store, out)
     if all(entry.run_dir == "" for entry in night.entries):
         return 2
     return int(summary["verdict"] in ("failed", "regressed"))
@@ -209,48 +202,6 @@ def deadline_missed(entry: Entry, status: RunStatus, limits: Limits, now: float,
     return f"{what} (at {status.progress or 'its start'})" if quiet > limits.stall_s else ""
 
 
-def finish(night: Night, store: History, junit_file: Path | None) -> dict[str, Any]:
-    """Write summary.json, junit.xml and the index page; returns the summary."""
-    night.finished = True
-    night.save()
-    value = summary_of(night)
-    text = junit([case for entry in night.entries for case in _cases(entry)], f"nightly {night.night}")
-    write_atomically(night.folder / "summary.json", json.dumps(value, indent=2, allow_nan=False) + "\n")
-    write_atomically(night.folder / "junit.xml", text)
-    write_atomically(store.folder / "index.html", index_page(store.folder, store.records(), value))
-    if junit_file:
-        try:
-            write_atomically(junit_file, text)
-        except OSError as error:
-            raise InputError(f"--junit {junit_file}: {error}") from None
-    return value
-
-
-def summary_of(night: Night) -> dict[str, Any]:
-    """What programs read of a night."""
-    return {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
-        "night": night.night,
-        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-        "verdict": worst([entry.verdict for entry in night.entries]),
-        "configs": [
-            {
-                "config": entry.config,
-                "name": entry.name,
-                "verdict": entry.verdict,
-                "state": entry.state,
-                "reasons": entry.reasons,
-                "run_dir": entry.run_dir or None,
-                "run_id": Path(entry.run_dir).name or None,
-                "report": entry.page or None,
-                "comparison": entry.comparison,
-            }
-            for entry in night.entries
-        ],
-    }
-
-
 def _plan(entry: Entry, overrides: Sequence[str]) -> planning.Plan:
     """Raises `InputError` for a config that is wrong, or cannot run here."""
     plan = planning.make_plan(
@@ -303,23 +254,6 @@ def _with(sample: Sample, reasons: Sequence[str]) -> Sample:
     if not reasons:
         return sample
     return replace(sample, problems=(*reasons, *sample.problems))
-
-
-def _cases(entry: Entry) -> list[Case]:
-    if entry.comparison is None:
-        return [Case(entry.name, "validity", "failed", "\n".join(entry.reasons))]
-    return cases(Comparison.from_dict(entry.comparison))
-
-
-def _show(summary: dict[str, Any], night: Night, store: History, out: Console) -> None:
-    table = Table("config", "run", "state", "verdict", "why", title=f"night {night.night}: {summary['verdict']}")
-    table.title_justify, table.title_style = "left", "bold"
-    for line in summary["configs"]:
-        cells = (line["name"], line["run_id"] or "", line["state"], line["verdict"], "\n".join(line["reasons"]))
-        table.add_row(*map(Text, cells))
-    out.print(table)
-    out.print(f"index: {store.folder / 'index.html'}", markup=False, highlight=False, soft_wrap=True)
-    out.print(f"summary: {night.folder / 'summary.json'}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _say(text: str) -> None:
