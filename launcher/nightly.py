@@ -250,10 +250,9 @@ def _what_became_of_its_nodes(entry: Entry, run_dir: Path) -> str:
 
 
 def _with(sample: Sample, reasons: Sequence[str]) -> Sample:
-    """The sample of a run that a deadline ended: that is its first problem."""
-    if not reasons:
-        return sample
-    return replace(sample, problems=(*reasons, *sample.problems))
+    """The sample of a run that a deadline ended: why is its first problem, unless its report says it already."""
+    unsaid = [reason for reason in reasons if not any(reason in problem for problem in sample.problems)]
+    return replace(sample, problems=(*unsaid, *sample.problems))
 
 
 def _say(text: str) -> None:
