@@ -70,12 +70,17 @@ RULES = (
         "launcher resume: each attempt looks for a free port again",
     ),
     _rule(
-        r"DUE TO TIME LIMIT|TIMEOUT|time limit is near",
+        r"DUE TO TIME LIMIT|^TIMEOUT$|time limit is near",
         "the job's time limit was shorter than what it had to do",
         "raise limits.time_min; launcher resume keeps what was measured",
     ),
     _rule(
-        r"NODE_FAIL|node fail|lost node|killed from outside|node \S+ is down",
+        r"node \S+ is (down|drain|fail)",
+        "a node that the run was on is gone, and Slurm put the job back into the queue",
+        "put the node into cluster.exclude until it is back, then launcher resume",
+    ),
+    _rule(
+        r"NODE_FAIL|node fail|lost node|killed from outside",
         "a process was killed from outside: a lost node, SIGKILL, or the host's memory killer",
         "look at the node (scontrol show node, dmesg); cluster.exclude keeps a bad one out; then launcher resume",
     ),

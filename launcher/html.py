@@ -48,6 +48,7 @@ def page(report: dict[str, Any]) -> str:
         parity=_parity(report["parity"]),
         memory=_memory(report["memory"], items),
         memory_items=[(f"planned: {item}", COLOURS[i % len(COLOURS)]) for i, item in enumerate(items)],
+        has_peak=any(line["device_peak"] for line in report["memory"]),
         process=_process(report["memory"]),
         throughput_chart=_throughput(report),
         has_floor=any(line["floor_us_per_layer"] for line in report["throughput"]),
