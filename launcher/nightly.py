@@ -1,6 +1,7 @@
 """`launcher nightly`: submit every config, wait for all, judge each by its history."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -35,6 +36,9 @@ POLL_S = 3.0
 
 STOP_S = 180.0
 """How long a run that was told to end may take for it."""
+
+_MAY_COME_BACK = ("node failed", "preempted")
+"""Ends after which Slurm may put the job back into the queue."""
 
 err = Console(stderr=True)
 
@@ -123,6 +127,9 @@ class _Worker:
             _say(str(error))
         except InputError as error:
             self._fail(entry, str(error))
+            if entry.run_dir and last_submission(Path(entry.run_dir)) is None:
+                shutil.rmtree(entry.run_dir, ignore_errors=True)  # nothing was started, so there is nothing to keep
+                entry.run_dir = ""
             return False
         entry.phase, entry.changed = "running", time.time()
         _say(f"{entry.name}: started, {entry.run_dir}")
@@ -137,7 +144,7 @@ class _Worker:
             entry.sign, entry.changed = sign, now
         if status.state == "running":
             entry.ran = True
-        if status.ended and status.state != "node failed":
+        if status.ended and status.state not in _MAY_COME_BACK:
             self._judge(entry, status.state)
         elif entry.phase == "stopping":
             if now - entry.changed > STOP_S:
@@ -196,8 +203,8 @@ def deadline_missed(entry: Entry, status: RunStatus, limits: Limits, now: float,
         again = "again, after it had run, " if entry.ran else ""
         reason = f" ({status.reason})" if status.reason else ""
         return f"{again}pending for {quiet:.0f} s{reason}" if quiet > limits.pending_s else ""
-    if status.state == "unknown" and not blind:
-        return f"unknown for {quiet:.0f} s: {status.reason}" if quiet > UNKNOWN_S else ""
+    if status.state in ("unknown", *_MAY_COME_BACK) and not blind:
+        return f"{status.state} for {quiet:.0f} s: {status.reason}" if quiet > UNKNOWN_S else ""
     what = f"{status.state}, but no rank has made progress for {quiet:.0f} s"
     return f"{what} (at {status.progress or 'its start'})" if quiet > limits.stall_s else ""
 

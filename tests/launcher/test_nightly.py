@@ -49,6 +49,8 @@ def entry(**values: Any) -> Entry:
         ),
         (status("unknown", "not in the queue"), 299, ""),
         (status("unknown", "not in the queue"), 301, "unknown for 301 s: not in the queue"),
+        (status("node failed"), 299, ""),
+        (status("node failed", "by Slurm"), 301, "node failed for 301 s: by Slurm"),
     ],
 )
 def test_a_deadline_counts_from_the_last_progress(found: RunStatus, quiet: float, missed: str) -> None:
@@ -146,6 +148,7 @@ def test_a_broken_config_and_a_refused_one_leave_the_others_alone(
     assert "not YAML" in found["broken"]["reasons"][0]
     assert found["refused"]["reasons"] == ["sbatch refused the request: Invalid account"]
     assert "no such file" in found["nope"]["reasons"][0]
+    assert [path.name for path in (tmp_path / "runs").iterdir() if any(path.iterdir())] == ["good"]
     failures = [case.get("classname") for case in ET.parse(tmp_path / "j.xml").iter("testcase") if len(case)]
     assert {"broken", "refused", "nope"} <= set(failures)
     (folder,) = (tmp_path / "history" / "nights").iterdir()
