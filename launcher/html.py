@@ -2,14 +2,21 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from launcher.charts import Point, log_chart, strip
-from launcher.report_text import THROUGHPUT_HEADS, headline, throughput_rows, versions, what_is_timed
+from launcher.report_text import (
+    THROUGHPUT_HEADS,
+    environment_rows,
+    headline,
+    moving_rows,
+    throughput_rows,
+    variables,
+    what_is_timed,
+)
 from launcher.units import figure, size
 
 COLOURS = tuple(f"var(--c{i})" for i in range(7))
@@ -55,13 +62,13 @@ def page(report: dict[str, Any]) -> str:
         throughput_heads=THROUGHPUT_HEADS,
         throughput_rows=throughput_rows(report),
         timed=what_is_timed(report) if report["throughput"] else "",
-        interpreted=any(_env(rank).get("TRITON_INTERPRET") == "1" for rank in report["ranks"]),
+        interpreted=any(variables(rank).get("TRITON_INTERPRET") == "1" for rank in report["ranks"]),
         load=_load(load) if load else [],
         load_experts=len(next(iter(load["by_layer"].values()))) if load else 0,
         stage_items=list(colours.items()),
         timeline=_timeline(report["ranks"], colours),
-        loading=_loading(report["ranks"]),
-        environment=_environment(report),
+        moving=moving_rows(report),
+        environment=environment_rows(report),
         command=shlex.join(report["run"]["command"]),
         repeat=_repeat(report),
     )
@@ -209,46 +216,6 @@ def _timeline(ranks: Sequence[dict[str, Any]], colours: Mapping[str, str]) -> li
     return lines
 
 
-def _loading(ranks: Sequence[dict[str, Any]]) -> str:
-    found = {
-        rank["rank"]: (rank["stages"]["weights"]["seconds"], rank["weights"].get("bytes_read"))
-        for rank in ranks
-        if rank["stages"].get("weights", {}).get("state") == "done"
-    }
-    if not found:
-        return ""
-    slowest = max(found, key=lambda rank: found[rank][0])
-    seconds, read = found[slowest]
-    rate = f", {size(read / seconds)}/s of {size(read)}" if read and seconds else ""
-    return (
-        f"Weights: {median(s for s, _ in found.values()):,.2f} s in the median, "
-        f"{seconds:,.2f} s on rank {slowest}, the slowest{rate}."
-    )
-
-
-def _environment(report: dict[str, Any]) -> list[list[str]]:
-    """What the ranks run on: a row for each thing, and each different answer with the ranks that gave it."""
-    rows = []
-    for key in ("device_name", "arch", "system", "cpus"):
-        answers: dict[str, list[int]] = {}
-        for rank in report["ranks"]:
-            if key in rank["environment"]:
-                answers.setdefault(str(rank["environment"][key]), []).append(rank["rank"])
-        several = len(answers) > 1
-        said = [f"{a} (ranks {', '.join(map(str, r))})" if several else a for a, r in answers.items()]
-        if said:
-            rows.append([key.replace("_", " "), "; ".join(said)])
-    rates = [rank["environment"]["rates"] for rank in report["ranks"] if "rates" in rank["environment"]]
-    if rates:
-        rows.append(["copy rate, slowest rank", f"{size(min(r['copy_bytes_per_s'] for r in rates))}/s"])
-        rows.append(["matmul rate, slowest rank", f"{min(r['matmul_flop_per_s'] for r in rates) / 1e12:,.3g} TFLOP/s"])
-    rows += [[name, version] for name, version in versions(report).items()]
-    first = next((rank for rank in report["ranks"] if _env(rank)), None)
-    if first:
-        rows += [[name, value] for name, value in _env(first).items()]
-    return rows
-
-
 def _repeat(report: dict[str, Any]) -> list[list[str]]:
     run = report["run"]
     return [
@@ -259,8 +226,3 @@ def _repeat(report: dict[str, Any]) -> list[list[str]]:
         ["last event", run["last_event"] or "–"],
         *([f"attempt {s['attempt']}", f"job {s['job_id']} from {s['host']}"] for s in report["submissions"]),
     ]
-
-
-def _env(rank: dict[str, Any]) -> dict[str, str]:
-    variables: dict[str, str] = rank["environment"].get("env", {})
-    return variables

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from launcher.units import figure, size
@@ -122,6 +123,9 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["## Ranks", ""]
     heads = ("rank", "host", "device", "EP group", "experts", "stages, s")
     lines += _markdown_table(heads, [_rank_row(r) for r in report["ranks"]])
+    if moving_rows(report):
+        lines += ["## Load and communication", "", *_markdown_table(("", ""), moving_rows(report))]
+    lines += ["## Environment and versions", "", *_markdown_table(("", ""), environment_rows(report))]
     lines += ["## To repeat it", "", "```", shlex.join(run["command"]), "```", ""]
     lines += [
         *(
@@ -130,7 +134,6 @@ def markdown(report: dict[str, Any]) -> str:
         ),
         f"- planned at git revision {run['git_revision']}, seed {run['seed']}, checkpoint `{run['checkpoint']}`",
         f"- started {run['started']}, last event {run['last_event']}",
-        *(f"- {name} {version}" for name, version in versions(report).items()),
         "- the configuration as resolved stands in report.json under `config`",
     ]
     return "\n".join(lines) + "\n"
@@ -200,6 +203,58 @@ def load_rows(report: dict[str, Any]) -> list[list[str]]:
         busiest = routes.index(max(routes))
         rows.append([layer, f"{load['balance'][layer]:.2f}", f"{busiest}: {max(routes)} routes", f"{even:.2f}"])
     return rows
+
+
+def moving_rows(report: dict[str, Any]) -> list[list[str]]:
+    """What loading took, and what the combine takes of a layer."""
+    rows = []
+    loads = [
+        (rank["stages"]["weights"]["seconds"], rank["rank"], rank["weights"].get("bytes_read"))
+        for rank in report["ranks"]
+        if rank["stages"].get("weights", {}).get("state") == "done"
+    ]
+    if loads:
+        seconds, rank, read = max(loads)
+        rate = f", {size(read / seconds)}/s of {size(read)}" if read and seconds else ""
+        middle = median(took for took, _, _ in loads)
+        rows.append(
+            ["weights loaded", f"{middle:,.2f} s in the median; {seconds:,.2f} s on rank {rank}, the slowest{rate}"]
+        )
+    for line in report["throughput"]:
+        if line["combine_us"] is not None:
+            share = 100 * line["combine_us"] / line["us_per_layer"]
+            text = f"{figure(line['combine_us'])} µs, {figure(share)} % of a layer's time"
+            rows.append([f"combine of batch {line['batch_size']}", text])
+    return rows
+
+
+def environment_rows(report: dict[str, Any]) -> list[list[str]]:
+    """What the ranks run on: a row for each thing, and each different answer with the ranks that gave it."""
+    rows = []
+    for key in ("device_name", "arch", "system", "cpus"):
+        answers: dict[str, list[int]] = {}
+        for rank in report["ranks"]:
+            if key in rank["environment"]:
+                answers.setdefault(str(rank["environment"][key]), []).append(rank["rank"])
+        several = len(answers) > 1
+        said = [f"{a} (ranks {', '.join(map(str, r))})" if several else a for a, r in answers.items()]
+        if said:
+            rows.append([key.replace("_", " "), "; ".join(said)])
+    rates = [rank["environment"]["rates"] for rank in report["ranks"] if "rates" in rank["environment"]]
+    if rates:
+        rows.append(["copy rate, slowest rank", f"{size(min(r['copy_bytes_per_s'] for r in rates))}/s"])
+        rows.append(["matmul rate, slowest rank", f"{min(r['matmul_flop_per_s'] for r in rates) / 1e12:,.3g} TFLOP/s"])
+    rows += [[name, version] for name, version in versions(report).items()]
+    first = next((rank for rank in report["ranks"] if variables(rank)), None)
+    if first:
+        rows += [[name, value] for name, value in variables(first).items()]
+    return rows
+
+
+def variables(rank: dict[str, Any]) -> dict[str, str]:
+    """The environment variables that a rank told of."""
+    found: dict[str, str] = rank["environment"].get("env", {})
+    return found
 
 
 def _rank_row(rank: dict[str, Any]) -> list[str]:

@@ -88,6 +88,7 @@ def test_a_page_of_64_ranks_is_one_file_with_every_rank(tmp_path: Path) -> None:
         "Throughput and latency",
         "Expert load and balance",
         "Timeline",
+        "Load and communication",
         "Environment and versions",
         "To repeat it",
     ]
@@ -124,7 +125,16 @@ def test_markdown_has_the_same_facts(tmp_path: Path) -> None:
         assert f"| {line['measured_total']:,} | {line['device_peak']:,} |" in text
     for layer, balance in result["expert_load"]["balance"].items():
         assert f"| {layer} | {balance:.2f} |" in text
-    for word in ("gluon_kernel", "3.00e-03 ≤ 0.02", "nid000002", "torch 2.11.0", "hip 7.2", "weights 7"):
+    for word in (
+        "gluon_kernel",
+        "3.00e-03 ≤ 0.02",
+        "nid000002",
+        "| torch | 2.11.0 |",
+        "| hip | 7.2 |",
+        "3400 GB/s",
+        "95.00 µs",
+        "weights 7",
+    ):
         assert word in text
 
 

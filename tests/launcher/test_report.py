@@ -127,7 +127,7 @@ def test_a_report_of_a_completed_run_holds_everything_to_repeat_it(plan: Plan) -
         "10.5 tokens/s",
         "host1",
         "launcher submit",
-        "torch 2.13",
+        "| torch | 2.13 |",
     ):
         assert word in text
 
