@@ -1,5 +1,6 @@
 """The command line: what can be said to `launcher`. What it does then stands in `commands`."""
 
+import json
 import signal
 import sys
 from io import TextIOWrapper
@@ -150,13 +151,15 @@ def nightly(
 
 @app.command("accept")
 def accept(
-    run_id: Annotated[str, typer.Argument(help="The id of a valid run of a nightly.")], history: History
+    run_id: Annotated[str, typer.Argument(help="The id of a valid run of a nightly.")],
+    history: History,
+    as_json: AsJson = False,
 ) -> None:
     """Let a config's baseline begin anew with a run, e.g. after a change that is slower and wanted."""
     from launcher.history import History as Store
 
     Store(history).accept(run_id)
-    print(f"{run_id}: the baseline begins with it")
+    print(json.dumps({"accepted": run_id}) if as_json else f"{run_id}: the baseline begins with it")
 
 
 def main() -> None:

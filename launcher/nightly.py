@@ -73,10 +73,12 @@ def nightly(
             night.save()
             if any(entry.phase != "judged" for entry in night.entries):
                 time.sleep(POLL_S)
+        summary = finish(night, store, junit_file)
     except KeyboardInterrupt:
         _say(f"told to stop; its jobs go on, and the same command goes on with night {night.night}")
         return 1
-    summary = finish(night, store, junit_file)
+    except OSError as error:
+        raise InputError(f"--history {history}: {error}; the same command goes on with night {night.night}") from None
     out = Console()
     if as_json:
         out.print_json(json.dumps(summary))

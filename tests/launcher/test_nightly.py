@@ -15,7 +15,7 @@ import pytest
 
 from launcher import nightly as nights
 from launcher.errors import InputError, UnclearSubmissionError
-from launcher.history import History
+from launcher.history import History, Record
 from launcher.night import Entry, Night, begin, broken_off
 from launcher.nightly import deadline_missed
 from launcher.plan import Plan
@@ -24,6 +24,7 @@ from launcher.schema import Limits
 from launcher.status import RunStatus
 from tests.checkout import CONFIGS, importable
 from tests.launcher.probes import write_probe
+from tests.launcher.samples import sample
 
 LIMITS = Limits(time_min=60, stall_s=100, pending_s=1000)
 
@@ -232,6 +233,28 @@ def test_where_no_night_was_broken_off_resume_begins_none(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "launcher", "nightly", str(CONFIGS / "tiny.yaml"), "--history", "history"]
     done = subprocess.run([*command, "--resume"], cwd=tmp_path, env=os.environ | importable())
     assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
+
+
+def test_a_history_that_is_full_is_said_and_the_night_can_be_gone_on_with(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.at_once = True
+    history = tmp_path / "history"
+    (history / "index.html").mkdir(parents=True)  # cannot be written over
+    options: dict[str, Any] = {"parallel": 1, "resume": False, "junit_file": None, "as_json": True}
+    with pytest.raises(InputError, match=r"--history .*index\.html.*; the same command goes on with night"):
+        nights.nightly(configs_named(tmp_path, "a"), history, [], **options)
+    (state,) = history.glob("nights/*/night.json")
+    assert json.loads(state.read_text())["finished"] is False
+
+
+def test_an_accepted_run_is_said_to_be(tmp_path: Path) -> None:
+    one = sample(1)
+    History(tmp_path).append(Record("n", "/run", "regressed", "completed", (), one))
+    command = [sys.executable, "-m", "launcher", "accept", "--history", str(tmp_path), "--json"]
+    env = os.environ | importable()
+    done = subprocess.run([*command, one.run_id], env=env, capture_output=True, text=True)
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"accepted": one.run_id})
+    assert History(tmp_path).baseline("tiny") == [one]
+    assert subprocess.run([*command, "nonesuch"], env=env, capture_output=True).returncode == 2
 
 
 def test_a_nightly_of_nothing_but_wrong_configs_exits_with_2(tmp_path: Path) -> None:

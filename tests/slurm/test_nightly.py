@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 from launcher.history import History
 from launcher.lab import control
+from launcher.processes import children
 from tests.checkout import importable
 from tests.slurm.conftest import CONFIG, Lab
 
@@ -100,7 +102,10 @@ def test_the_verdicts_on_five_nights_are_right(lab: Lab, tmp_path: Path) -> None
     skipped = ("throughput", "latency", "memory", "parity")
     assert cases == {"validity": ["failure"]} | {gate: ["skipped"] for gate in skipped}
 
+    kill_a_nightly_once_it_has_submitted(lab, tmp_path)
     code, config = night(lab, tmp_path)
+    assert len(list((tmp_path / "history" / "nights").iterdir())) == 6, "it went on with the night that was killed"
+    assert len(list((tmp_path / "runs" / "lab-2node").iterdir())) == 6, "and submitted nothing again"
     assert verdicts(config)["throughput"] == "passed", config["reasons"]
     assert (code, len(config["comparison"]["baseline"])) == (0, 3), "neither the slow nor the failed night is in it"
     kept = History(tmp_path / "history").records()
@@ -109,15 +114,33 @@ def test_the_verdicts_on_five_nights_are_right(lab: Lab, tmp_path: Path) -> None
     assert all(record.sample.run_id in index for record in kept)
 
 
-def night_in_which_a_node_dies(lab: Lab, cwd: Path) -> tuple[int, dict[str, Any]]:
-    process = subprocess.Popen(
-        control.inside(lab.spec, command(cwd, repeats=30)),
+def begun(lab: Lab, cwd: Path, repeats: int = 3) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        control.inside(lab.spec, command(cwd, repeats=repeats)),
         cwd=cwd,
         env=os.environ | importable(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def kill_a_nightly_once_it_has_submitted(lab: Lab, cwd: Path) -> None:
+    runs = cwd / "runs" / "lab-2node"
+    before = len(list(runs.glob("*/submissions.json")))
+    process = begun(lab, cwd)
+    deadline = time.monotonic() + 60
+    while len(list(runs.glob("*/submissions.json"))) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)  # sbatch has answered
+    for pid in children(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+
+
+def night_in_which_a_node_dies(lab: Lab, cwd: Path) -> tuple[int, dict[str, Any]]:
+    process = begun(lab, cwd, repeats=30)
     runs = cwd / "runs" / "lab-2node"
     before = set(runs.iterdir())
     try:
