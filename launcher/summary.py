@@ -12,7 +12,7 @@ from rich.text import Text
 from launcher.compare import Comparison, worst
 from launcher.errors import InputError
 from launcher.files import write_atomically
-from launcher.history import History
+from launcher.history import History, Record
 from launcher.index import index_page
 from launcher.junit import Case, junit
 from launcher.night import Entry, Night
@@ -28,7 +28,7 @@ def finish(night: Night, store: History, junit_file: Path | None) -> dict[str, A
     text = junit([case for entry in night.entries for case in _cases(entry)], f"nightly {night.night}")
     write_atomically(night.folder / "summary.json", json.dumps(value, indent=2, allow_nan=False) + "\n")
     write_atomically(night.folder / "junit.xml", text)
-    write_atomically(store.folder / "index.html", index_page(store.folder, store.records(), value))
+    _write_index(store, value)
     if junit_file:
         try:
             write_atomically(junit_file, text)
@@ -37,6 +37,14 @@ def finish(night: Night, store: History, junit_file: Path | None) -> dict[str, A
     night.finished = True
     night.save()
     return value
+
+
+def _write_index(store: History, value: dict[str, Any]) -> None:
+    """Anew as long as another nightly has added to the history meanwhile: the last to write has seen everything."""
+    shown: list[Record] | None = None
+    while shown != (found := store.records()):
+        shown = found
+        write_atomically(store.folder / "index.html", index_page(store.folder, shown, value))
 
 
 def summary_of(night: Night) -> dict[str, Any]:

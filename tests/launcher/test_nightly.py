@@ -229,6 +229,18 @@ def test_a_nightly_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [r.sample.run_id for r in History(tmp_path / "history").records()] == [summary["configs"][0]["run_id"]]
 
 
+def test_two_nightlies_at_once_keep_what_both_measured(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher", "nightly", str(CONFIGS / "tiny.yaml"), "--history", "history", *SMALL]
+    command += ["--set", "backend.impl=reference"]
+    both = [subprocess.Popen(command, cwd=tmp_path, env=os.environ | importable()) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    history = History(tmp_path / "history")
+    found = history.records()
+    assert len({record.night for record in found}) == len({record.sample.run_id for record in found}) == 2
+    assert len(list((tmp_path / "history" / "nights").glob("*/summary.json"))) == 2
+    assert found[-1].sample.run_id in (tmp_path / "history" / "index.html").read_text()
+
+
 def test_where_no_night_was_broken_off_resume_begins_none(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launcher", "nightly", str(CONFIGS / "tiny.yaml"), "--history", "history"]
     done = subprocess.run([*command, "--resume"], cwd=tmp_path, env=os.environ | importable())
