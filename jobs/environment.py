@@ -101,6 +101,13 @@ def peak(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `peak` count from now on, and give back what the allocator keeps."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def host_available() -> int:
     """MemAvailable of the host in bytes."""
     for line in Path("/proc/meminfo").read_text().splitlines():

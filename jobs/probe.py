@@ -45,6 +45,7 @@ def run(run_dir: str) -> None:
 def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> None:
     with log.stage("env") as data:
         from jobs import environment, stages, throughput
+        from moe_ep.bench.clock import measure_rates
         from moe_ep.selector import NoBackendError
 
         device = environment.pick_device(rank.local_rank, request.arch)
@@ -52,6 +53,9 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
         store = join(rank, folder, device, request.rank_timeout_s)
         data["hosts"] = _check_hosts(request, rank)
         where = stages.place(request, rank.rank, device)
+        rates = measure_rates(device)  # while there is memory for it
+        environment.forget_peak(device)
+        data["rates"] = {"copy_bytes_per_s": rates.copy, "matmul_flop_per_s": rates.matmul}
 
     if request.kind == "tune":
         with log.stage("tune") as data:
@@ -102,10 +106,14 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
         data |= stages.memory(where, layers, planned, grown)
 
     with log.stage("throughput") as data:
+        load = throughput.expert_load(request, where, layers, max(request.batch_sizes))
+        if rank.rank == 0:
+            log.write("expert_load", **load)
         data["sweep"] = []
         measured = throughput.measured_before(folder, rank.attempt)
         for i, batch in enumerate(request.batch_sizes, start=1):
-            data["sweep"].append(measured.get(batch) or throughput.sweep_one(request, where, layers, batch))
+            line = measured.get(batch) or throughput.sweep_one(request, where, layers, batch, rates)
+            data["sweep"].append(line)
             log.write("progress", done=i, total=len(request.batch_sizes), latest=data["sweep"][-1])
         data["device_peak"] = environment.peak(device)
 

@@ -10,43 +10,119 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from jobs.events import event_file
 from jobs.request import ProbeRequest
 from jobs.stages import Place, tokens
+from moe_ep.bench.clock import Rates
 from moe_ep.layer import MoELayer
+from moe_ep.placement import Placement
 
 
-def sweep_one(request: ProbeRequest, where: Place, layers: dict[int, MoELayer], batch: int) -> dict[str, Any]:
+def sweep_one(
+    request: ProbeRequest, where: Place, layers: dict[int, MoELayer], batch: int, rates: Rates
+) -> dict[str, Any]:
     """Time passes of `batch` tokens (per EP group) through all loaded layers.
 
     A pass calls the layers one after another, so no cache holds the weights of the next. Its time is that of
-    the slowest rank. tokens_per_s counts the tokens of all EP groups through all loaded layers, and only
-    these: attention and the rest of a model are not in it.
+    the slowest rank; it is completed if what comes out of it is finite on every rank. total_token_throughput
+    counts the tokens of all EP groups through all loaded layers, and only these: attention and the rest of a
+    model are not in it. combine_us is the combine of one layer alone, floor_us_per_layer what `_floor_us` says.
     """
     x, token_ids = tokens(request, where, batch, salt=-1)
+    finite: list[bool] = []
 
-    def one_pass() -> None:
+    def one_pass() -> Tensor:
+        out = x
         for layer in layers.values():
-            layer(x, token_ids)
+            out = layer(x, token_ids)
+        return out
+
+    def seconds_of_a_pass() -> float:
+        seconds, out = _timed(one_pass, where.device)
+        finite.append(bool(out.isfinite().all()))
+        return seconds
 
     for _ in range(request.warmup):
         one_pass()
-    seconds = torch.tensor([_timed(one_pass, where.device) for _ in range(request.repeats)], device=where.device)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    passes = sorted(seconds.tolist())
+    passes = _of_the_slowest_rank([seconds_of_a_pass() for _ in range(request.repeats)], where)
+    whole = torch.tensor(finite, dtype=torch.int32, device=where.device)
+    dist.all_reduce(whole, op=dist.ReduceOp.MIN)
     median = statistics.median(passes)
-    groups = where.world // where.group_size
+    throughput = batch * (where.world // where.group_size) / median
     return {
         "batch_size": batch,
         "layers": len(layers),
-        "repeats": len(passes),
-        "tokens_per_s": batch * groups / median,
+        "requested": request.repeats,
+        "completed": int(whole.sum()),
+        "total_token_throughput": throughput,
+        "tokens_per_s_per_gpu": throughput / where.world,
+        "mean_latency_ms": statistics.fmean(passes) * 1e3,
+        "median_latency_ms": median * 1e3,
+        "p99_latency_ms": float(torch.tensor(passes, dtype=torch.float64).quantile(0.99)) * 1e3,
         "us_per_layer": median / len(layers) * 1e6,
         "us_per_layer_min": passes[0] / len(layers) * 1e6,
         "us_per_layer_max": passes[-1] / len(layers) * 1e6,
         "us_per_layer_mad": statistics.median(abs(p - median) for p in passes) / len(layers) * 1e6,
+        "combine_us": _combine_us(request, where, next(iter(layers.values())), batch),
+        "floor_us_per_layer": _floor_us(request, where, layers, x, token_ids, rates),
     }
+
+
+def expert_load(request: ProbeRequest, where: Place, layers: dict[int, MoELayer], batch: int) -> dict[str, Any]:
+    """How many routes each expert gets from `batch` seeded random tokens of every EP group.
+
+    by_layer: routes by global expert, [E] a layer. Every rank has the same; every rank must call it.
+    """
+    x, token_ids = tokens(request, where, batch, salt=-1)
+    counts = torch.stack([_routes(layer, x, token_ids, request.shape.experts) for layer in layers.values()])
+    if where.group_rank:  # the ranks of a group route the same tokens
+        counts.zero_()
+    dist.all_reduce(counts)
+    groups = where.world // where.group_size
+    return {"tokens": batch * groups, "by_layer": dict(zip(layers, counts.tolist(), strict=True))}
+
+
+def _routes(layer: MoELayer, x: Tensor, token_ids: Tensor, experts: int) -> Tensor:
+    """Routes by global expert, int64 [E]."""
+    chosen = layer.router(x, token_ids).topk_ids.flatten()
+    return torch.bincount(chosen[chosen >= 0], minlength=experts)
+
+
+def _floor_us(
+    request: ProbeRequest, where: Place, layers: dict[int, MoELayer], x: Tensor, token_ids: Tensor, rates: Rates
+) -> float:
+    """What the routed experts of a layer take at least, on average over the layers, on the rank with the most work:
+    `Rates.floor_us` of the experts hit and the routes that are this rank's. Router, shared expert and combine are
+    not in it."""
+    shape = request.shape
+    mine = Placement(shape.experts, request.ep).experts(where.group_rank if request.ep > 1 else 0)
+    flops = 6 * shape.hidden * shape.intermediate // request.expert_tp
+    floors = []
+    for layer in layers.values():
+        local = _routes(layer, x, token_ids, shape.experts)[mine.start : mine.stop]
+        floors.append(
+            rates.floor_us(int((local > 0).sum()), int(local.sum()), shape.expert_bytes / request.expert_tp, flops)
+        )
+    (floor,) = _of_the_slowest_rank([statistics.fmean(floors)], where)
+    return floor
+
+
+def _combine_us(request: ProbeRequest, where: Place, layer: MoELayer, batch: int) -> float:
+    """The median time of a layer's combine of f32 [batch, H], of the slowest rank."""
+    partial = torch.zeros(batch, request.shape.hidden, device=where.device)
+    for _ in range(request.warmup):
+        layer.combine(partial)
+    seconds = [_timed(lambda: layer.combine(partial), where.device)[0] for _ in range(request.repeats)]
+    return statistics.median(_of_the_slowest_rank(seconds, where)) * 1e6
+
+
+def _of_the_slowest_rank(values: list[float], where: Place) -> list[float]:
+    """Element by element the largest of all ranks, in rising order."""
+    largest = torch.tensor(values, dtype=torch.float64, device=where.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return sorted(largest.tolist())
 
 
 def measured_before(run_dir: Path, attempt: int) -> dict[int, dict[str, Any]]:
@@ -62,18 +138,18 @@ def measured_before(run_dir: Path, attempt: int) -> dict[int, dict[str, Any]]:
     return found[0]
 
 
-def _timed(one_pass: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one pass, begun on all ranks together."""
+def _timed(one_pass: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    """Seconds of one pass, begun on all ranks together, and what came out of it."""
     dist.barrier()
     if device.type != "cuda":
         started = time.perf_counter()
-        one_pass()
-        return time.perf_counter() - started
+        out = one_pass()
+        return time.perf_counter() - started, out
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     begin.record()
-    one_pass()
+    out = one_pass()
     end.record()
     end.synchronize()
     milliseconds: float = begin.elapsed_time(end)
-    return milliseconds / 1e3
+    return milliseconds / 1e3, out

@@ -1,5 +1,6 @@
 """The command line: what can be said to `launcher`. What it does then stands in `commands`."""
 
+import json
 import signal
 import sys
 from io import TextIOWrapper
@@ -105,6 +106,72 @@ def report(run: Run, folder: Runs = RUNS, as_json: AsJson = False) -> None:
     from launcher import commands
 
     sys.exit(commands.make_report(run, folder, as_json=as_json))
+
+
+@app.command("compare")
+def compare(
+    named: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[BASELINE]... RUN",
+            help="Runs (see logs) or report.json files, oldest first; the last is judged by those before it. "
+            "Alone it is judged by the earlier runs of its name.",
+        ),
+    ],
+    folder: Runs = RUNS,
+    history: Annotated[
+        Path | None, typer.Option("--history", help="Take the runs that nightlies have kept here as the baseline too.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write the gates as JUnit XML into this file.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of compare, in percent.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a run by earlier ones. Exit code 0 passed, 1 regressed or failed, 2 no verdict or wrong input."""
+    from launcher import verdicts
+
+    sys.exit(verdicts.compare_runs(named, folder, history, junit, override or (), as_json=as_json))
+
+
+History = Annotated[Path, typer.Option("--history", help="The folder that the nights are kept in; made if need be.")]
+
+
+@app.command("nightly")
+def nightly(
+    configs: Annotated[list[Path], typer.Argument(help="The runs' YAMLs.")],
+    history: History,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of every config.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Begin none; only go on with a night that was broken off.")
+    ] = False,
+    parallel: Annotated[int, typer.Option("--parallel", min=1, help="How many runs may be submitted at once.")] = 4,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Write the gates as JUnit XML into this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit all configs, wait, judge each by its history. Exit code 1 if one failed or regressed; started again
+    after it was killed, it goes on where it was."""
+    from launcher import nightly as nights
+
+    code = nights.nightly(
+        configs, history, override or (), parallel=parallel, resume=resume, junit_file=junit, as_json=as_json
+    )
+    sys.exit(code)
+
+
+@app.command("accept")
+def accept(
+    run_id: Annotated[str, typer.Argument(help="The id of a valid run of a nightly.")],
+    history: History,
+    as_json: AsJson = False,
+) -> None:
+    """Let a config's baseline begin anew with a run, e.g. after a change that is slower and wanted."""
+    from launcher.history import History as Store
+
+    Store(history).accept(run_id)
+    print(json.dumps({"accepted": run_id}) if as_json else f"{run_id}: the baseline begins with it")
 
 
 def main() -> None:

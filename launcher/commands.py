@@ -52,7 +52,7 @@ def start(
         raise InputError("\n".join(f"{config}: {problem}" for problem in problems))
     try:
         plan.save()
-        job = _submit(plan)
+        job = submit_recorded(plan)
     except InputError:
         shutil.rmtree(plan.run_dir, ignore_errors=True)  # nothing was started, so there is nothing to keep
         raise
@@ -77,7 +77,7 @@ def resume(run: str, folder: Path, *, wait: bool, follow: bool, as_json: bool) -
     attempts = [event.attempt for event in events.read_events(run_dir)]
     attempts += [submission.attempt for submission in runs.submissions(run_dir)]
     plan = planning.Plan.load(run_dir, attempt=max(attempts) + 1)
-    return _started(plan, _submit(plan), wait=wait, follow=follow, as_json=as_json)
+    return _started(plan, submit_recorded(plan), wait=wait, follow=follow, as_json=as_json)
 
 
 def status(run: str | None, folder: Path, *, as_json: bool) -> int:
@@ -120,7 +120,7 @@ def make_report(run: str, folder: Path, *, as_json: bool) -> int:
     return _finish(runs.find_run(run, folder), as_json=as_json)
 
 
-def _submit(plan: planning.Plan) -> Any:
+def submit_recorded(plan: planning.Plan) -> Any:
     """Submit, and write down before and after that it was: an answer that is lost must not lose the job."""
     scheduler = plan.config.cluster.scheduler
     runs.record_submission(plan.run_dir, plan.attempt, scheduler, "", plan.git_revision)

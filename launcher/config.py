@@ -31,7 +31,7 @@ def load(path: Path, overrides: Sequence[str] = (), environ: Mapping[str, str] =
     InputError
         With one line for each mistake: file, key, value, and what would be right.
     """
-    changes = [_parse_override(text) for text in overrides]
+    changes = [parse_override(text) for text in overrides]
     document = read_mapping(path)
     files: dict[str, Path] = {}
     for section in ("cluster", "model"):
@@ -75,6 +75,14 @@ def parity_layers(config: Config) -> list[int]:
     return sorted(kinds.values())
 
 
+def parse_override(text: str) -> tuple[str, Any]:
+    """The dotted key and the YAML value of a `key=value`. Raises `InputError` if it is none."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise InputError(f"{OVERRIDE} {text}: expected key=value, e.g. {OVERRIDE} topology.ep=8")
+    return key, parse(value, where=f"{OVERRIDE} {text}")
+
+
 def _find(run_file: Path, section: str, chosen: Any, where: str) -> Path:
     folder = run_file.parent / f"{section}s"
     names = sorted(p.stem for p in folder.glob("*.yaml"))
@@ -89,13 +97,6 @@ def _find(run_file: Path, section: str, chosen: Any, where: str) -> Path:
             if path.is_file():
                 return path
     raise InputError(f"{where}: {chosen!r} is not {form}{did_you_mean(chosen, names)}")
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-        raise InputError(f"{OVERRIDE} {text}: expected key=value, e.g. {OVERRIDE} topology.ep=8")
-    return key, parse(value, where=f"{OVERRIDE} {text}")
 
 
 def _assign(document: dict[str, Any], key: str, value: Any) -> None:

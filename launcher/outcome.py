@@ -16,6 +16,9 @@ _PEER = re.compile(
     r"failed to (recv|send)|(nccl|rccl).*(abort|remote|system error)|watchdog caught|DistNetworkError|DistStoreError",
     re.IGNORECASE,
 )
+GAVE_UP = "gave up"
+"""The launcher's own event when it ends a run that has missed a deadline, with why."""
+
 _STOPPED = ("KeyboardInterrupt", "Signal")
 
 
@@ -61,6 +64,8 @@ def judge(events: Iterable[Event], world: int) -> Outcome:
     silent = [rank for rank in range(world) if rank not in done | {e.rank for e in failed}]
     if own:
         return Outcome("failed", _said(own[0]))
+    if GAVE_UP in notes:
+        return Outcome("failed", Failure(None, _last_stage(events), "GivenUp", str(notes[GAVE_UP].data.get("why", ""))))
     if "interrupted" in notes:
         return Outcome("failed", Failure(None, _last_stage(events), "Interrupted", "the launcher was told to stop"))
     if "orphaned" in notes:

@@ -1,22 +1,23 @@
-"""A run folder becomes a report: report.json for programs, report.md for people, a table for the terminal."""
+"""A run folder becomes a report: report.json for programs, report.html and report.md for people."""
 
 import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from launcher.diagnose import diagnose
 from launcher.events import Event, read_events
 from launcher.files import write_atomically
+from launcher.html import page
 from launcher.outcome import Outcome, judge, last_attempt
 from launcher.plan import read_plan
+from launcher.report_schema import SCHEMA, SCHEMA_VERSION, upgraded_line
+from launcher.report_text import markdown
 from launcher.runs import submissions
-from launcher.units import size
 
-SCHEMA = "moe-ep/probe-report"
-SCHEMA_VERSION = 1
 LOG_LINES = 20
 _WEIGHTS = ("bytes_read", "bytes_written", "load_seconds", "read_from", "folder")
 
@@ -51,12 +52,16 @@ def build(run_dir: Path, state: str | None = None) -> dict[str, Any]:
             "checkpoint": plan["checkpoint"],
         },
         "submissions": [asdict(s) for s in submissions(run_dir)],
-        "failure": _failure(run_dir, outcome, plan, events),
+        "failure": _failure(run_dir, outcome, state, events),
         "selector": _selector(stages),
         "tune": next(iter(_results(stages, "tune", "table").values()), None),
         "parity": next(iter(_results(stages, "parity", "layers").values()), None),
-        "memory": [{"rank": r, **data} for r, data in _results(stages, "memory", "measured_total").items()],
-        "throughput": _sweep(everything),
+        "memory": [
+            {"rank": rank, **data, "device_peak": stages[rank].get("throughput", {}).get("data", {}).get("device_peak")}
+            for rank, data in _results(stages, "memory", "measured_total").items()
+        ],
+        "throughput": _sweep(everything, world),
+        "expert_load": _expert_load(everything, plan["topology"]),
         "ranks": [_rank(events, stages[rank], place) for rank, place in enumerate(plan["topology"])],
         "planned_bytes": plan["planned_bytes"],
         "config": plan["config"],
@@ -64,130 +69,15 @@ def build(run_dir: Path, state: str | None = None) -> dict[str, Any]:
 
 
 def write(run_dir: Path, state: str | None = None) -> dict[str, Any]:
-    """Build the report and write report.json and report.md into the run folder. Errors as `build`."""
+    """Build the report and write report.json, report.md and report.html into the run folder. Errors as `build`."""
     report = build(run_dir, state)
     try:
         write_atomically(run_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
         write_atomically(run_dir / "report.md", markdown(report))
+        write_atomically(run_dir / "report.html", page(report))
     except OSError as error:  # somebody else's run, or a full disk: it can still be shown
         report["not_written"] = str(error)
     return report
-
-
-def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(section, what, result) rows: selector, parity, memory per rank, throughput, and the failure if any."""
-    rows = _device_rows(report)
-    selector = report["selector"]
-    if selector:
-        rows += [
-            (
-                "selector",
-                f"{selector['arch']}/{selector['quant']} {c['impl']}",
-                f"{c['verdict']}: {c['reason']}",
-            )
-            for c in selector["candidates"]
-        ]
-        if selector.get("launch"):
-            rows.append(("selector", "launch configurations", selector["launch"]["table"]))
-    if report["tune"]:
-        rows.append(("tune", "table", f"{report['tune']['table']}: {report['tune']['source']}"))
-        rows += [
-            ("tune", f"up to {line['rows']:g} rows an expert" if line["rows"] < 1e6 else "more", line["config"])
-            for line in report["tune"]["regimes"]
-        ]
-    parity = report["parity"]
-    if parity:
-        rows += [
-            (
-                "parity",
-                f"layer {number} ({line['routing']} routing)",
-                _against(line["relative_error"], parity["tolerance"]),
-            )
-            for number, line in parity["layers"].items()
-        ]
-    rows += [
-        (
-            "memory",
-            f"rank {line['rank']}",
-            f"{size(line['measured_total'])} held, {size(line['planned_total'])} planned"
-            f" ({line['measured_total'] / line['planned_total'] - 1:+.1%}); process {size(line['process_resident'])}",
-        )
-        for line in report["memory"]
-    ]
-    rows += [
-        (
-            "throughput",
-            f"batch {line['batch_size']}",
-            f"{line['tokens_per_s']:,.1f} tokens/s; {line['us_per_layer']:,.0f} µs per layer "
-            f"({line['us_per_layer_min']:,.0f}…{line['us_per_layer_max']:,.0f})",
-        )
-        for line in report["throughput"]
-    ]
-    failure = report["failure"]
-    if failure:
-        where = [] if failure["rank"] is None else [f"rank {failure['rank']}"]
-        where.append(f"stage {failure['stage']}")
-        rows.append(("failure", ", ".join(where), f"{failure['error_type']}: {failure['error']}"))
-    return rows
-
-
-def _device_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Each kind of device with the number of ranks on it, and whether kernels were interpreted there."""
-    kinds: dict[str, int] = {}
-    for rank in report["ranks"]:
-        found = rank["environment"]
-        if "device_name" in found:
-            name = f"{found['device_name']} ({found['arch']})"
-            if found["env"].get("TRITON_INTERPRET") == "1":
-                name += "; Triton's interpreter: its times tell nothing about a GPU's"
-            kinds[name] = kinds.get(name, 0) + 1
-    return [("device", f"{count} rank{'s'[: count != 1]}", name) for name, count in kinds.items()]
-
-
-def headline(report: dict[str, Any]) -> str:
-    """The verdict in one line."""
-    run, failure = report["run"], report["failure"]
-    text = f"{run['name']} {run['id']}: {run['state']}"
-    if failure:
-        on = f" on {failure['host']}" if failure["host"] else ""
-        text += f" in stage {failure['stage']}"
-        if failure["rank"] is not None:
-            text += f", first at rank {failure['rank']}{on}"
-    return text
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
-    run = report["run"]
-    lines = [f"# {headline(report)}", ""]
-    failure = report["failure"]
-    if failure:
-        lines += ["```", f"{failure['error_type']}: {failure['error']}", "```", ""]
-        if failure["log"]:
-            lines += [f"Last lines of {failure['log']}:", "", "```", *failure["log_tail"], "```", ""]
-    lines += _markdown_table(("", "", ""), [list(row) for row in summary_rows(report)])
-    throughput = report["throughput"]
-    if throughput:
-        lines += [
-            f"Tokens/s: through the {throughput[0]['layers']} loaded MoE layers alone (router, experts, combine, "
-            f"shared expert), median of {throughput[0]['repeats']} passes, slowest rank of each.",
-            "",
-        ]
-    lines += ["## Ranks", ""]
-    heads = ("rank", "host", "device", "EP group", "experts", "stages, s")
-    lines += _markdown_table(heads, [_rank_row(r) for r in report["ranks"]])
-    lines += ["## To repeat it", "", "```", shlex.join(run["command"]), "```", ""]
-    lines += [
-        *(
-            f"- attempt {s['attempt']}: job {s['job_id']}, git revision {s['git_revision']}"
-            for s in report["submissions"]
-        ),
-        f"- planned at git revision {run['git_revision']}, seed {run['seed']}, checkpoint `{run['checkpoint']}`",
-        f"- started {run['started']}, last event {run['last_event']}",
-        *(f"- {name} {version}" for name, version in _versions(report).items()),
-        "- the configuration as resolved stands in report.json under `config`",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def _stages_of(events: Sequence[Event], rank: int) -> dict[str, dict[str, Any]]:
@@ -224,14 +114,36 @@ def _selector(stages: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
     return {**next(iter(records.values())), "by_rank": chosen}
 
 
-def _sweep(events: Sequence[Event]) -> list[dict[str, Any]]:
+def _sweep(events: Sequence[Event], world: int) -> list[dict[str, Any]]:
     """The batch sizes that were measured, in whichever attempt; every rank has the same."""
     sweep = {
-        e.data["latest"]["batch_size"]: e.data["latest"]
+        e.data["latest"]["batch_size"]: upgraded_line(e.data["latest"], world)
         for e in events
         if e.stage == "throughput" and e.event == "progress"
     }
     return list(sweep.values())
+
+
+def _expert_load(events: Sequence[Event], topology: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The routes that were counted last, by expert and by rank of an EP group."""
+    counted = [e.data for e in events if e.event == "expert_load"]
+    if not counted:
+        return None
+    by_layer: dict[str, list[int]] = counted[-1]["by_layer"]
+    shares = [place["experts"] for place in topology if place["ep_group"] == 0]
+    by_rank = {layer: [sum(routes[a:b]) for a, b in shares] for layer, routes in by_layer.items()}
+    return {
+        "tokens": counted[-1]["tokens"],
+        "by_layer": by_layer,
+        "by_rank": by_rank,
+        "balance": {layer: _mean_over_max(routes) for layer, routes in by_layer.items()},
+        "balancedness": fmean(_mean_over_max(routes) for routes in by_rank.values()),
+    }
+
+
+def _mean_over_max(counts: Sequence[int]) -> float:
+    """1 where all have the same, as of nothing at all."""
+    return fmean(counts) / max(counts) if max(counts, default=0) else 1.0
 
 
 def _rank(events: Sequence[Event], stages: dict[str, Any], place: dict[str, Any]) -> dict[str, Any]:
@@ -243,11 +155,14 @@ def _rank(events: Sequence[Event], stages: dict[str, Any], place: dict[str, Any]
         "pid": started.get("pid"),
         "environment": {k: v for k, v in environment.items() if k != "hosts"},
         "weights": {k: v for k, v in stages.get("weights", {}).get("data", {}).items() if k in _WEIGHTS},
-        "stages": {name: {"state": s["state"], "seconds": s["seconds"]} for name, s in stages.items()},
+        "stages": {
+            name: {"state": s["state"], "begun_s": round(s["begun"] - events[0].time, 3), "seconds": s["seconds"]}
+            for name, s in stages.items()
+        },
     }
 
 
-def _failure(run_dir: Path, outcome: Outcome, plan: dict[str, Any], events: Sequence[Event]) -> dict[str, Any] | None:
+def _failure(run_dir: Path, outcome: Outcome, state: str | None, events: Sequence[Event]) -> dict[str, Any] | None:
     if outcome.failure is None:
         return None
     rank = outcome.failure.rank
@@ -258,37 +173,15 @@ def _failure(run_dir: Path, outcome: Outcome, plan: dict[str, Any], events: Sequ
     failure = asdict(outcome.failure)
     if log is None and failure["error_type"] == "NeverStarted":
         failure["error"] += " (there is no log: its interpreter did not start; see what submitit printed)"
-    return {**failure, "host": host, "log": str(log) if log else None, "log_tail": tail}
-
-
-def _rank_row(rank: dict[str, Any]) -> list[str]:
-    stages = ", ".join(f"{n} {s['seconds'] if s['seconds'] is not None else '…'}" for n, s in rank["stages"].items())
-    experts = f"{rank['experts'][0]}–{rank['experts'][1] - 1}"
-    device = rank["environment"].get("device_name", "")
-    return [str(rank["rank"]), rank["host"] or "", device, str(rank["ep_group"]), experts, stages]
-
-
-def _versions(report: dict[str, Any]) -> dict[str, str]:
-    for rank in report["ranks"]:
-        environment = rank["environment"]
-        if "packages" in environment:
-            versions = {"python": environment["python"], **environment["packages"]}
-            versions |= {k: environment[k] for k in ("hip", "cuda")}
-            return {name: version for name, version in versions.items() if version}
-    return {}
-
-
-def _against(error: float | None, tolerance: float) -> str:
-    if error is None:
-        return "NOT A NUMBER"
-    return f"{error:.2e} {'≤' if error <= tolerance else 'ABOVE'} {tolerance:g}"
-
-
-def _markdown_table(heads: Sequence[str], rows: list[list[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    return [line(heads), line(["---"] * len(heads)), *(line(row) for row in rows), ""] if rows else []
+    said = [f"{failure['error_type']}: {failure['error']}", *tail, state or ""]
+    found = diagnose(said)
+    return {
+        **failure,
+        "host": host,
+        "log": str(log) if log else None,
+        "log_tail": tail,
+        "diagnosis": asdict(found) if found else None,
+    }
 
 
 def _iso(seconds: float) -> str:

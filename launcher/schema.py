@@ -230,10 +230,29 @@ class Memory(_Section):
 
 
 class Limits(_Section):
-    """time_min: of the job. rank_timeout_s: of one collective, and of waiting for rank 0."""
+    """time_min: of the job. rank_timeout_s: of one collective, and of waiting for rank 0.
+
+    stall_s, pending_s: for how long a nightly waits for the next event of a running job, and for a job to start.
+    """
 
     time_min: int = Field(ge=1, le=10**6)
     rank_timeout_s: int = Field(default=600, ge=1, le=10**6)
+    stall_s: int = Field(default=3600, ge=1, le=10**7)
+    pending_s: int = Field(default=12 * 3600, ge=1, le=10**7)
+
+
+class Compare(_Section):
+    """By how many percent a run may be worse than the median of its baseline before it has regressed.
+
+    window: the last so many valid runs are the baseline. min_runs: with fewer there is no verdict.
+    """
+
+    throughput: float = Field(default=5, ge=0, le=100)
+    latency: float = Field(default=10, ge=0, le=1000)
+    memory: float = Field(default=10, ge=0, le=1000)
+    parity: float = Field(default=0, ge=0, le=1000)
+    window: int = Field(default=10, ge=2, le=1000)
+    min_runs: int = Field(default=3, ge=2, le=1000)
 
 
 class Config(_Section):
@@ -247,3 +266,4 @@ class Config(_Section):
     job: Job = Job()
     memory: Memory = Memory()
     limits: Limits
+    compare: Compare = Compare()

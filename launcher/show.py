@@ -12,9 +12,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launcher import render, report
+from launcher import render
 from launcher.events import LAUNCHER, Event, progress_text
 from launcher.plan import Plan
+from launcher.report_text import headline, summary_rows
 from launcher.status import RunStatus
 
 
@@ -81,9 +82,9 @@ def cancelled(status: RunStatus, out: Console, *, as_json: bool) -> None:
 
 def summary(result: dict[str, Any], run_dir: Path, out: Console) -> None:
     """The report as one table, and where it lies."""
-    table = Table(title=report.headline(result), title_justify="left", title_style="bold", show_header=False)
+    table = Table(title=headline(result), title_justify="left", title_style="bold", show_header=False)
     previous = ""
-    for section, what, text in report.summary_rows(result):
+    for section, what, text in summary_rows(result):
         if previous and section != previous:
             table.add_section()
         table.add_row("" if section == previous else section, Text(what), Text(text, overflow="fold"))

@@ -88,6 +88,12 @@ def _job(line: str) -> JobState | None:
     return JobState(parts[0], state, reason, *parts[3:])
 
 
+def down_nodes() -> dict[str, str]:
+    """Nodes that cannot run a job now, with their state; {} if Slurm does not say."""
+    lines, _ = _ask(["sinfo", "-h", "-N", "-t", "down,drain,fail", "-o", "%N %T"])
+    return dict(parts for line in lines if len(parts := line.split()) == 2)
+
+
 def cancel(job_id: str) -> str | None:
     """Tell Slurm to end a job; what it complains of, None if it took it."""
     _, problem = _ask(["scancel", job_id])

@@ -1,5 +1,7 @@
 """Numbers as people read them."""
 
+import math
+
 GB = 10**9
 
 
@@ -9,3 +11,13 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.4g} {unit}"
     return f"{count:.4g} B"
+
+
+def figure(value: float | None) -> str:
+    """Four digits that count, without an exponent where people read it without; a dash for what was not measured."""
+    if value is None:
+        return "–"
+    if value and not 1e-3 <= abs(value) < 1e15:
+        return f"{value:.3g}"
+    decimals = max(0, 3 - math.floor(math.log10(abs(value)))) if value else 0
+    return f"{value:,.{decimals}f}"

@@ -138,16 +138,21 @@ class Shepherd:
                     os.kill(process.pid, signal.SIGKILL)
 
     def _write(self, event: str, **data: int) -> None:
-        line = {
-            "time": time.time(),
-            "rank": LAUNCHER,
-            "stage": "watch",
-            "event": event,
-            "attempt": self._attempt,
-            "data": data,
-        }
-        with (self._run_dir / EVENTS / "launcher.jsonl").open("a") as f:
-            f.write(json.dumps(line) + "\n")
+        write_note(self._run_dir, self._attempt, event, **data)
+
+
+def write_note(run_dir: Path, attempt: int, event: str, **data: int | str) -> None:
+    """Append an event of the launcher's own to a run."""
+    line = {
+        "time": time.time(),
+        "rank": LAUNCHER,
+        "stage": "watch",
+        "event": event,
+        "attempt": attempt,
+        "data": data,
+    }
+    with (run_dir / EVENTS / "launcher.jsonl").open("a") as f:
+        f.write(json.dumps(line) + "\n")
 
 
 def rank_processes(controller: Process | None, known: dict[int, Process]) -> dict[int, Process]:

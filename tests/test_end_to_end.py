@@ -19,6 +19,7 @@ from launcher.plan import make_plan
 from moe_ep import tables
 from moe_ep.synthetic import write_checkpoint
 from tests.checkout import ROOT, importable
+from tests.launcher.test_report_schema import valid
 
 TINY = ROOT / "configs" / "tiny.yaml"
 
@@ -65,6 +66,7 @@ def test_one_command_goes_from_a_yaml_to_a_report(tmp_path: Path) -> None:
     done = run(tmp_path, "--set", "job.throughput={batch_sizes: [0, 1, 5], warmup: 1, repeats: 3}")
     assert done.returncode == 0, done.stderr
     report = read_report(tmp_path)
+    valid(report)
     assert report["run"]["state"] == "completed"
     assert report["selector"]["by_rank"] == {str(r): "triton_kernel" for r in range(4)}
     routings = {line["routing"]: line["relative_error"] for line in report["parity"]["layers"].values()}
@@ -75,9 +77,19 @@ def test_one_command_goes_from_a_yaml_to_a_report(tmp_path: Path) -> None:
     assert [line["batch_size"] for line in report["throughput"]] == [0, 1, 5]
     for line in report["throughput"][1:]:
         assert line["us_per_layer_min"] <= line["us_per_layer"] <= line["us_per_layer_max"]
-        assert line["tokens_per_s"] == pytest.approx(line["batch_size"] / (line["us_per_layer"] * 4e-6), rel=1e-6)
+        assert line["median_latency_ms"] == pytest.approx(line["us_per_layer"] * 4e-3)
+        assert line["median_latency_ms"] <= line["p99_latency_ms"] <= line["us_per_layer_max"] * 4e-3 * (1 + 1e-9)
+        assert 0 < line["floor_us_per_layer"] < line["us_per_layer"]
+        assert (line["requested"], line["completed"]) == (3, 3)
+        assert line["total_token_throughput"] == pytest.approx(
+            line["batch_size"] / (line["us_per_layer"] * 4e-6), rel=1e-6
+        )
     stages = ["env", "selector", "weights", "parity", "memory", "throughput", "done"]
     assert [list(rank["stages"]) for rank in report["ranks"]] == [stages] * 4
+    # Every token of every layer has six routes, whichever ranks they go to.
+    assert {layer: sum(routes) for layer, routes in report["expert_load"]["by_layer"].items()} == dict.fromkeys(
+        "0123", 5 * 6
+    )
     # Each rank reads a quarter of the experts; the rest is replicated.
     read = [rank["weights"]["bytes_read"] for rank in report["ranks"]]
     experts = report["planned_bytes"]["routed experts"]
@@ -97,7 +109,7 @@ def test_two_ep_groups_of_two_ranks_work_on_tokens_of_their_own(tmp_path: Path) 
     report = json.loads(done.stdout)
     assert [rank["ep_group"] for rank in report["ranks"]] == [0, 0, 1, 1]
     (line,) = report["throughput"]
-    assert line["tokens_per_s"] == pytest.approx(2 * 2 / (line["us_per_layer"] * 4e-6), rel=1e-6)
+    assert line["total_token_throughput"] == pytest.approx(2 * 2 / (line["us_per_layer"] * 4e-6), rel=1e-6)
 
 
 def test_a_rank_reads_its_own_file_once_a_job_has_pre_sharded_and_what_does_not_match_is_refused(
@@ -225,6 +237,7 @@ def test_a_rank_killed_in_the_middle_leaves_a_readable_partial_report(tmp_path: 
         assert processes_of(launcher.pid) == []
     assert launcher.returncode == 1
     report = read_report(tmp_path)
+    valid(report)
     failure = report["failure"]
     assert (failure["rank"], failure["stage"], failure["error_type"]) == (2, "throughput", "Vanished")
     assert report["parity"]["layers"], "what was done before is in the report"

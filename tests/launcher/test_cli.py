@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from launcher import report
 from launcher.runs import record_submission
 from tests.checkout import ROOT, importable
 from tests.holes import model_of, write_holes
 from tests.launcher.plans import fixed_plan
+from tests.launcher.probes import write_probe
+
+PARITY = {"relative_error": 3e-3, "routing": "hash"}
 
 
 def launcher(*args: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -127,3 +132,61 @@ def test_a_report_of_what_is_no_run_exits_with_2(tmp_path: Path) -> None:
     done = launcher("report", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2
     assert "no such run" in done.stderr
+
+
+def reports(folder: Path, *throughputs: float, **change: object) -> list[str]:
+    """Report files of runs that differ in their throughput, and the last one in `change` too."""
+    files = []
+    for i, throughput in enumerate(throughputs):
+        plan = fixed_plan("tiny", [f"run.folder={folder}/runs"])
+        plan = replace(plan, run_id=f"2026010{i + 1}-000000-abcd", run_dir=plan.run_dir.parent / f"run-{i}")
+        plan.save()
+        write_probe(plan, slower=1000 / throughput)
+        value = report.build(plan.run_dir)
+        if i == len(throughputs) - 1:
+            value |= change
+        files.append(str(folder / f"{i}.json"))
+        Path(files[-1]).write_text(json.dumps(value))
+    return files
+
+
+@pytest.mark.parametrize(
+    ("last", "args", "code", "words"),
+    [
+        (1002, [], 0, "passed"),
+        (900, [], 1, "total_token_throughput at batch 16: +10."),
+        (900, ["--set", "compare.throughput=20", "--set", "compare.latency=20"], 0, "passed"),
+        (1002, ["--set", "compare.min_runs=9"], 2, "3 valid runs to compare with, 9 are needed"),
+        (1002, ["--set", "compare.speed=1"], 2, "compare.speed: 1 is wrong"),
+        (1002, ["--set", "run.seed=1"], 2, "only compare.… can be overridden"),
+        (1002, ["nonesuch"], 2, "nonesuch: no such run"),
+    ],
+)
+def test_compare_says_by_its_exit_code_how_it_went(
+    tmp_path: Path, last: float, args: list[str], code: int, words: str
+) -> None:
+    done = launcher("compare", *reports(tmp_path, 1000, 1003, 998, last), *args, cwd=tmp_path, COLUMNS="200")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert words in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_failed_is_no_regression_but_failed(tmp_path: Path) -> None:
+    files = reports(tmp_path, 1000, 1003, 998, 1000, parity={"tolerance": 1e-4, "layers": {"0": PARITY}})
+    done = launcher("compare", *files, "--json", "--junit", "j.xml", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["verdict"]) == (1, "failed")
+    assert found["gates"][0]["reasons"] == ["parity of layer 0: 0.003 is not within the tolerance 0.0001"]
+    assert '<failure message="parity of layer 0' in (tmp_path / "j.xml").read_text()
+
+
+def test_a_run_alone_is_compared_with_the_earlier_ones_of_its_name(tmp_path: Path) -> None:
+    reports(tmp_path, 1000, 1003, 998, 1001)
+    done = launcher("compare", "tiny", "--json", cwd=tmp_path)
+    # Their ranks are done, but nobody has submitted them: such runs are not completed.
+    found = json.loads(done.stdout)
+    assert [why for _, why in found["excluded"]] == ["not valid: the run is unknown"] * 3
+    for i in range(4):
+        record_submission(tmp_path / "runs" / "tiny" / f"run-{i}", 0, "local", "")
+    done = launcher("compare", "tiny", "--json", cwd=tmp_path)
+    assert (done.returncode, len(json.loads(done.stdout)["baseline"])) == (0, 3)

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,18 +12,28 @@ from launcher import report
 from launcher.errors import InputError
 from launcher.events import Tail, read_events
 from launcher.plan import Plan
+from launcher.report_text import headline, summary_rows
 from tests.launcher.plans import fixed_plan
+from tests.launcher.test_report_schema import valid
 
 SWEEP = {
     "batch_size": 4,
     "layers": 4,
-    "repeats": 5,
-    "tokens_per_s": 10.5,
+    "requested": 5,
+    "completed": 5,
+    "total_token_throughput": 10.5,
+    "tokens_per_s_per_gpu": 5.25,
+    "mean_latency_ms": 385.0,
+    "median_latency_ms": 380.0,
+    "p99_latency_ms": 396.0,
     "us_per_layer": 95000.0,
     "us_per_layer_min": 94000.0,
     "us_per_layer_max": 99000.0,
     "us_per_layer_mad": 1000.0,
+    "combine_us": 1200.0,
+    "floor_us_per_layer": 30.0,
 }
+LOAD: dict[str, Any] = {"tokens": 4, "by_layer": {"0": [1, 2, 1, 0, 4, 0, 0, 0, *[2] * 8], "3": [1] * 16}}
 
 
 @pytest.fixture
@@ -57,7 +68,13 @@ def go(plan: Plan, rank: int, *, until: str) -> EventLog:
         },
         "weights": {"bytes_read": 10},
         "parity": {"tolerance": 0.02, "layers": {"0": {"relative_error": 3e-3, "routing": "hash"}}},
-        "memory": {"measured_total": 10, "planned_total": 10, "process_resident": 10**8},
+        "memory": {
+            "planned": {"routed experts": 8, "routers": 2},
+            "planned_total": 10,
+            "measured_total": 11,
+            "process_resident": 10**8,
+            "free": 10**9,
+        },
         "throughput": {"sweep": [SWEEP]},
         "done": {},
     }
@@ -68,6 +85,8 @@ def go(plan: Plan, rank: int, *, until: str) -> EventLog:
             return log
         with log.stage(stage) as found:
             if stage == "throughput":
+                if rank == 0:
+                    log.write("expert_load", **LOAD)
                 log.write("progress", done=1, total=1, latest=SWEEP)
             found |= values
     return log
@@ -84,7 +103,8 @@ def test_a_report_of_a_completed_run_holds_everything_to_repeat_it(plan: Plan) -
     for rank in range(2):
         go(plan, rank, until="")
     result = report.write(plan.run_dir)
-    assert (result["schema"], result["schema_version"]) == ("moe-ep/probe-report", 1)
+    assert (result["schema"], result["schema_version"]) == ("moe-ep/probe-report", 2)
+    valid(json.loads((plan.run_dir / "report.json").read_text()))
     assert result["run"]["state"] == "completed"
     assert result["failure"] is None
     assert result["run"]["command"] == ["launcher", "submit", "configs/tiny.yaml"]
@@ -95,6 +115,10 @@ def test_a_report_of_a_completed_run_holds_everything_to_repeat_it(plan: Plan) -
     assert result["selector"]["selected"] == "reference"
     assert result["selector"]["by_rank"] == {"0": "reference", "1": "reference"}
     assert result["throughput"] == [SWEEP]
+    load = result["expert_load"]
+    assert load["by_rank"] == {"0": [8, 16], "3": [8, 8]}
+    assert load["balance"] == {"0": 24 / 16 / 4, "3": 1.0}
+    assert load["balancedness"] == (12 / 16 + 1) / 2
     assert json.loads((plan.run_dir / "report.json").read_text())["parity"]["layers"]["0"]["relative_error"] == 3e-3
     text = (plan.run_dir / "report.md").read_text()
     assert text.startswith("# tiny 20260101-000000-abcd: completed\n")
@@ -103,13 +127,14 @@ def test_a_report_of_a_completed_run_holds_everything_to_repeat_it(plan: Plan) -
         "10.5 tokens/s",
         "host1",
         "launcher submit",
-        "torch 2.13",
+        "| torch | 2.13 |",
     ):
         assert word in text
 
 
 def test_a_run_without_any_event_has_a_report(plan: Plan) -> None:
     result = report.write(plan.run_dir)
+    valid(result)
     assert result["run"]["state"] == "unfinished"
     assert result["throughput"] == result["memory"] == []
 
@@ -124,7 +149,9 @@ def test_a_killed_run_leaves_what_was_done_and_a_broken_last_line_does_no_harm(p
     assert result["run"]["state"] == "unfinished"
     assert result["throughput"] == [SWEEP], "the batch sizes that were done"
     assert [line["rank"] for line in result["memory"]] == [0, 1]
-    assert result["ranks"][1]["stages"]["throughput"] == {"state": "begun", "seconds": None}
+    stage = result["ranks"][1]["stages"]["throughput"]
+    assert (stage["state"], stage["seconds"]) == ("begun", None)
+    assert stage["begun_s"] >= 0
 
 
 def test_a_failure_names_rank_host_stage_and_shows_the_end_of_its_log(plan: Plan) -> None:
@@ -136,12 +163,13 @@ def test_a_failure_names_rank_host_stage_and_shows_the_end_of_its_log(plan: Plan
     logs.mkdir()
     (logs / "77_1_log.err").write_bytes(b"\xff not UTF-8\n" + b"\n".join(b"line %d" % i for i in range(100)))
     result = report.write(plan.run_dir)
+    valid(result)
     failure = result["failure"]
     assert (failure["rank"], failure["host"], failure["stage"]) == (1, "host1", "weights")
     assert failure["error"] == "no tensor w1"
     assert "RuntimeError: no tensor w1" in failure["traceback"]
     assert failure["log_tail"] == [f"line {i}" for i in range(80, 100)]
-    assert report.headline(result).endswith("failed in stage weights, first at rank 1 on host1")
+    assert headline(result).endswith("failed in stage weights, first at rank 1 on host1")
     assert "RuntimeError: no tensor w1" in (plan.run_dir / "report.md").read_text()
 
 
@@ -149,7 +177,7 @@ def test_a_parity_above_tolerance_is_marked(plan: Plan) -> None:
     log = EventLog(plan.run_dir, 0)
     lines = {"0": {"relative_error": 0.5, "routing": "hash"}}
     fail(log, "parity", {"tolerance": 0.02, "layers": lines}, "above")
-    rows = report.summary_rows(report.build(plan.run_dir))
+    rows = summary_rows(report.build(plan.run_dir))
     assert ("parity", "layer 0 (hash routing)", "5.00e-01 ABOVE 0.02") in rows
 
 
@@ -166,6 +194,7 @@ def test_a_report_can_be_made_whatever_stage_a_rank_ended_in_and_however(plan: P
     elif how == "signalled":
         log.write("failed", error={"type": "Signal", "text": "cancelled (SIGTERM)"})
     result = report.write(plan.run_dir)
+    valid(result)
     assert result["run"]["state"] == ("unfinished" if how == "begun" else "failed")
     reached = STAGES.index(stage)
     assert (result["selector"] is not None) == (reached > STAGES.index("selector"))
@@ -178,7 +207,7 @@ def test_a_parity_that_is_no_number_is_said_and_the_json_stays_valid(plan: Plan)
     log = EventLog(plan.run_dir, 0)
     lines = {"0": {"relative_error": float("nan"), "routing": "hash"}}
     fail(log, "parity", {"tolerance": 0.02, "layers": lines}, "nan is above")
-    rows = report.summary_rows(report.write(plan.run_dir))
+    rows = summary_rows(report.write(plan.run_dir))
     assert ("parity", "layer 0 (hash routing)", "NOT A NUMBER") in rows
     assert "NaN" not in (plan.run_dir / "report.json").read_text()
 

@@ -173,7 +173,7 @@ def test_a_job_is_watched_cancelled_and_resumed(lab: Lab, tmp_path: Path) -> Non
     report = json.loads((run / "report.json").read_text())
     assert (report["run"]["state"], report["run"]["attempt"]) == ("completed", 1)
     assert report["throughput"][0] == kept, "what was measured before is kept"
-    assert [line["repeats"] for line in report["throughput"]] == [8, 1, 1]
+    assert [line["completed"] for line in report["throughput"]] == [8, 1, 1]
     refused = lab.launcher("resume", "first", cwd=tmp_path)
     assert (refused.returncode, "only a run that broke off is resumed" in refused.stderr) == (2, True)
 
@@ -206,7 +206,7 @@ def test_a_dead_node_requeues_the_job_which_goes_on_when_there_are_nodes_again(l
     assert lab.launcher("report", "lab-2node", cwd=tmp_path).returncode == 0
     report = json.loads((run / "report.json").read_text())
     assert report["run"]["attempt"] == 1
-    assert [line["repeats"] for line in report["throughput"]] == [8, 1, 1], "measured before the node died, and after"
+    assert [line["completed"] for line in report["throughput"]] == [8, 1, 1], "measured before the node died, and after"
 
 
 def test_what_slurm_refuses_is_said_and_nothing_is_left(lab: Lab, tmp_path: Path) -> None:

@@ -1,0 +1,268 @@
+"""The form of report.json: what every key is, published as a JSON schema, and older versions brought up to it."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from launcher.errors import InputError
+
+SCHEMA = "moe-ep/probe-report"
+SCHEMA_VERSION = 2
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunPart(_Part):
+    """The run. Times are ISO 8601 in UTC."""
+
+    name: str
+    id: str
+    state: str
+    attempt: int
+    started: str | None
+    last_event: str | None
+    seed: int
+    command: list[str]
+    git_revision: str | None
+    checkpoint: str
+
+
+class SubmissionPart(_Part):
+    """One time that the run was handed to a scheduler. time: Unix seconds."""
+
+    attempt: int
+    scheduler: str
+    job_id: str
+    host: str
+    time: float
+    git_revision: str | None
+    pid_started: int
+
+
+class DiagnosisPart(_Part):
+    """A known cause: the line that shows it, and what to do."""
+
+    line: str
+    cause: str
+    fix: str
+
+
+class FailurePart(_Part):
+    """The rank that failed first (null: no rank's fault), and what it said."""
+
+    rank: int | None
+    host: str | None
+    stage: str
+    error_type: str
+    error: str
+    traceback: str
+    log: str | None
+    log_tail: list[str]
+    diagnosis: DiagnosisPart | None
+
+
+class CandidatePart(_Part):
+    """A backend that was looked at, and why it was taken or not."""
+
+    impl: str
+    verdict: str
+    reason: str
+
+
+class SelectorPart(BaseModel):
+    """The record of the selection, and what each rank chose."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    arch: str
+    quant: str
+    selected: str | None
+    candidates: list[CandidatePart]
+    by_rank: dict[str, str | None]
+
+
+class ParityLayer(_Part):
+    """‖out − dense‖ / ‖dense‖ of a layer; null if it is not a number."""
+
+    relative_error: float | None
+    routing: Literal["hash", "top-k"]
+
+
+class ParityPart(_Part):
+    """The comparison with the dense reference, by layer."""
+
+    tolerance: float
+    tokens: int | None = None
+    seconds: float | None = None
+    layers: dict[str, ParityLayer]
+
+
+class MemoryPart(_Part):
+    """Bytes of a rank: planned by item, held by its layers after loading, at the peak of torch's allocator (null on a
+    CPU), of the process, and free."""
+
+    rank: int
+    planned: dict[str, int]
+    planned_total: int
+    measured_total: int
+    process_resident: int
+    free: int | None = None
+    seconds: float | None = None
+    device_peak: int | None
+
+
+class ThroughputPart(_Part):
+    """One batch size: tokens of an EP group a pass, through all loaded layers; times are of the slowest rank.
+
+    total_token_throughput: tokens/s of all EP groups, by the median pass. latency: of a pass. combine_us: the combine
+    of one layer alone. floor_us_per_layer: the larger of the packed bytes of the experts that are hit at the copy
+    rate and the FLOPs of the routes at the matmul rate, on the rank with the most.
+    """
+
+    batch_size: int
+    layers: int
+    requested: int
+    completed: int
+    total_token_throughput: float
+    tokens_per_s_per_gpu: float | None
+    mean_latency_ms: float | None
+    median_latency_ms: float
+    p99_latency_ms: float | None
+    us_per_layer: float
+    us_per_layer_min: float
+    us_per_layer_max: float
+    us_per_layer_mad: float
+    combine_us: float | None
+    floor_us_per_layer: float | None
+
+
+class ExpertLoadPart(_Part):
+    """Routes of seeded random tokens. by_layer: by global expert. by_rank: by EP rank. balance: mean/max tokens of the
+    experts of a layer. balancedness: mean/max tokens of the ranks, averaged over the layers; 1 is even."""
+
+    tokens: int
+    by_layer: dict[str, list[int]]
+    by_rank: dict[str, list[int]]
+    balance: dict[str, float]
+    balancedness: float
+
+
+class StagePart(_Part):
+    """begun_s: seconds from the first event of the attempt to the stage's beginning."""
+
+    state: Literal["begun", "done", "failed"]
+    begun_s: float | None
+    seconds: float | None
+
+
+class RankPart(_Part):
+    """A rank: its place, what it runs on, and how far it came."""
+
+    rank: int
+    node: int
+    local_rank: int
+    tp_group: int
+    ep_group: int
+    ep_rank: int
+    experts: tuple[int, int] = Field(description="first global expert, and the one after the last")
+    host: str | None
+    pid: int | None
+    environment: dict[str, Any]
+    weights: dict[str, int | float | str | None] = Field(
+        description="bytes_read, load_seconds and read_from of a load; bytes_written and folder of a pre-sharding"
+    )
+    stages: dict[str, StagePart]
+
+
+class Report(_Part):
+    """The report of one run."""
+
+    schema_: Literal["moe-ep/probe-report"] = Field(alias="schema")
+    schema_version: Literal[2]
+    run: RunPart
+    submissions: list[SubmissionPart]
+    failure: FailurePart | None
+    selector: SelectorPart | None
+    tune: dict[str, Any] | None
+    parity: ParityPart | None
+    memory: list[MemoryPart]
+    throughput: list[ThroughputPart]
+    expert_load: ExpertLoadPart | None
+    ranks: list[RankPart]
+    planned_bytes: dict[str, int]
+    config: dict[str, Any]
+    not_written: str | None = None
+
+
+def json_schema() -> dict[str, Any]:
+    """The published JSON schema (draft 2020-12)."""
+    found = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Report.model_json_schema(by_alias=True)}
+    return found | {"title": f"{SCHEMA} {SCHEMA_VERSION}"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report from its file, as one of the newest version whichever version wrote it.
+
+    Raises
+    ------
+    InputError
+        If it is not a report, damaged, or of a version that this launcher does not know.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise InputError(f"{path}: not a report: expected the key schema with {SCHEMA!r}")
+    version = found.get("schema_version")
+    if version not in (1, SCHEMA_VERSION):
+        raise InputError(
+            f"{path}: schema_version is {version!r}, this launcher reads 1 to {SCHEMA_VERSION}; use a newer one"
+        )
+    try:
+        report = upgraded(found) if version == 1 else found
+        Report.model_validate(report)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+    return report
+
+
+def upgraded(old: dict[str, Any]) -> dict[str, Any]:
+    """A report of version 1 as one of version 2; what was not measured then is null."""
+    return {
+        **old,
+        "schema_version": SCHEMA_VERSION,
+        "failure": old["failure"] and {**old["failure"], "diagnosis": None},
+        "memory": [{**line, "device_peak": None} for line in old["memory"]],
+        "throughput": [upgraded_line(line, len(old["ranks"])) for line in old["throughput"]],
+        "expert_load": None,
+        "ranks": [
+            {**rank, "stages": {name: {**stage, "begun_s": None} for name, stage in rank["stages"].items()}}
+            for rank in old["ranks"]
+        ],
+    }
+
+
+def upgraded_line(line: dict[str, Any], world: int) -> dict[str, Any]:
+    """A line of a sweep that version 1 measured. It timed as many passes as were asked for, or failed."""
+    if "completed" in line:
+        return line
+    kept = {key: value for key, value in line.items() if key not in ("tokens_per_s", "repeats")}
+    return {
+        **kept,
+        "requested": line["repeats"],
+        "completed": line["repeats"],
+        "total_token_throughput": line["tokens_per_s"],
+        "tokens_per_s_per_gpu": line["tokens_per_s"] / world,
+        "mean_latency_ms": None,
+        "median_latency_ms": line["us_per_layer"] * line["layers"] / 1e3,
+        "p99_latency_ms": None,
+        "combine_us": None,
+        "floor_us_per_layer": None,
+    }
