@@ -67,12 +67,20 @@ def time_shape(
     sets = max(1, min(_MOST_SETS, round(_ROTATED_BYTES / (shape.held * shape.expert_bytes))))
     weights = [random_weights(shape, device, seed) for seed in range(sets)]
     for contender in contenders:
-        ops = [contender.prepare(shape, one) for one in weights]
+        ops, failure = _prepared(contender, shape, weights)
         for tokens, routing in cases:
             batches = [random_batch(shape, tokens, routing, device, seed) for seed in range(_batches(tokens, sets))]
-            yield _time(shape, routing, contender, ops, weights[0], batches, rates, device)
+            yield _time(shape, routing, contender, ops, failure, weights[0], batches, rates, device)
         del ops
         gc.collect()
+
+
+def _prepared(contender: Contender, shape: RankShape, weights: list[Weights]) -> tuple[list[Op], str | None]:
+    """Its ops, or why there are none: a peer that cannot be imported or set up must not end the others' run."""
+    try:
+        return [contender.prepare(shape, one) for one in weights], None
+    except Exception as caught:
+        return [], f"{type(caught).__name__}: {caught}"
 
 
 def _batches(tokens: int, sets: int) -> int:
@@ -84,6 +92,7 @@ def _time(
     routing: Routing,
     contender: Contender,
     ops: list[Op],
+    failure: str | None,
     weights: Weights,
     batches: list[Batch],
     rates: Rates,
@@ -93,14 +102,15 @@ def _time(
     hit = sum(len(ids.unique()) for ids in locals_) / len(batches)
     routes = sum(len(ids) for ids in locals_) / len(batches)
     floor = rates.floor_us(hit, routes, shape.expert_bytes, shape.route_flops)
-    works = [partial(ops[i % len(ops)], batch) for i, batch in enumerate(batches)]
-    eager = graph = error = failure = None
+    eager = graph = error = None
     try:
-        eager = eager_us(works, device)
-        if device.type == "cuda" and contender.capturable:
-            graph = graph_us(works)
-        error = relative_error(ops[0], weights, batches[0]) if contender.checked else None
-    except Exception as caught:  # a peer that does not take a shape must not end the others' run
+        if failure is None:
+            works = [partial(ops[i % len(ops)], batch) for i, batch in enumerate(batches)]
+            eager = eager_us(works, device)
+            if device.type == "cuda" and contender.capturable:
+                graph = graph_us(works)
+            error = relative_error(ops[0], weights, batches[0]) if contender.checked else None
+    except Exception as caught:  # nor must one that does not take a shape
         failure = f"{type(caught).__name__}: {caught}"
     line = Line(
         *(shape.name, len(batches[0].x), routing, contender.name, hit, routes, floor, eager, graph, None, None, error),

@@ -60,19 +60,24 @@ def _broken(shape: RankShape, weights: Weights) -> Op:
     return op
 
 
+def _absent(shape: RankShape, weights: Weights) -> Op:
+    raise ImportError("no module of that name")
+
+
 @pytest.fixture(scope="module")
 def lines() -> list[Line]:
-    contenders = [Contender("broken", _broken), CONTENDERS["reference"]]
+    contenders = [Contender("broken", _broken), CONTENDERS["reference"], Contender("absent", _absent)]
     rates = Rates(copy=1e10, matmul=1e11)
     return list(time_shape(TINY, [(3, "uniform"), (70, "zipf")], contenders, rates, CPU))
 
 
 def test_every_case_has_a_line_and_what_fails_does_not_end_the_run(lines: list[Line]) -> None:
     assert [(line.kernel, line.tokens) for line in lines] == [
-        *(("broken", 3), ("broken", 70), ("reference", 3), ("reference", 70)),
+        *(("broken", 3), ("broken", 70), ("reference", 3), ("reference", 70), ("absent", 3), ("absent", 70)),
     ]
+    assert {line.failure for line in lines[4:]} == {"ImportError: no module of that name"}
     assert lines[0].failure == "RuntimeError: does not take this shape"
-    few, many = lines[2:]
+    few, many = lines[2:4]
     assert few.error is not None
     assert 0 < few.error < 5e-3
     assert many.error is not None, "of many tokens some are compared"
