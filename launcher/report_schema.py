@@ -108,6 +108,7 @@ class MemoryPart(_Part):
     planned: dict[str, int]
     planned_total: int
     measured_total: int
+    difference: float | None = Field(default=None, description="measured over planned, less 1")
     process_resident: int
     free: int | None = None
     seconds: float | None = None
