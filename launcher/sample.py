@@ -1,8 +1,8 @@
 """What a report says that can be compared: of which run, whether it is valid, and its metrics."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Gate = Literal["throughput", "latency", "memory", "parity"]
@@ -47,18 +47,9 @@ class Sample:
         """Whether others may be measured against it."""
         return not self.problems
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> "Sample":
-        """The inverse of `as_dict`."""
-        return cls(**(value | {"problems": tuple(value["problems"]), "metrics": _metrics(value["metrics"])}))
-
 
 def sample_of(report: dict[str, Any]) -> Sample:
-    """The sample of a report of the newest schema version (`report_file.read` brings older ones up to it)."""
+    """The sample of a report of the newest schema version (`report_schema.read` brings older ones up to it)."""
     run = report["run"]
     return Sample(
         config=run["name"],
@@ -150,7 +141,3 @@ def trends(report: dict[str, Any]) -> Iterator[tuple[str, float]]:
     combined = [line["combine_us"] for line in report["throughput"] if line["combine_us"] is not None]
     if combined:
         yield "combine of the largest batch, µs", combined[-1]
-
-
-def _metrics(values: Sequence[dict[str, Any]]) -> tuple[Metric, ...]:
-    return tuple(Metric(**value) for value in values)
