@@ -11,11 +11,12 @@ import os
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from launcher.errors import InputError
+from launcher.files import no_number
 from launcher.sample import Sample
 
 RECORDS, NIGHTS = "records", "nights"
@@ -111,7 +112,7 @@ class History:
                 raise InputError(f"--history {self.folder}: cannot be read: {error}") from None
             for text in texts:
                 try:
-                    line = json.loads(text, parse_constant=_no_number)
+                    line = json.loads(text, parse_constant=no_number)
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(line, dict) and line.get("format") == _FORMAT:
@@ -128,7 +129,3 @@ def _record(value: Any) -> Record | None:
         return _RECORD.validate_python(value)
     except ValidationError:
         return None
-
-
-def _no_number(text: str) -> Never:
-    raise ValueError(f"{text} is not JSON")

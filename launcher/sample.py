@@ -70,7 +70,7 @@ def identity(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": config["model"]["name"],
         "shape": config["model"]["shape"],
-        "topology": {key: topology[key] for key in ("nodes", "ranks_per_node", "tp", "ep")},
+        "topology": {key: topology[key] for key in ("nodes", "ranks_per_node", "tp", "ep")} | _slices(topology),
         "layers": job["layers"],
         "batch_sizes": job["throughput"]["batch_sizes"],
         "parity": {key: job["parity"][key] for key in ("tokens", "layers")},
@@ -78,6 +78,12 @@ def identity(report: dict[str, Any]) -> dict[str, Any]:
         "arch": config["cluster"]["arch"],
         "devices": sorted({r["environment"]["device_name"] for r in report["ranks"] if r["environment"]}),
     }
+
+
+def _slices(topology: dict[str, Any]) -> dict[str, Any]:
+    """How experts are cut, where it is not as it was for every run before these keys were."""
+    usual = {"expert_tp": 1, "shared_expert": "replicated"}
+    return {key: topology[key] for key, value in usual.items() if topology.get(key, value) != value}
 
 
 def problems(report: dict[str, Any]) -> Iterator[str]:
@@ -96,6 +102,9 @@ def problems(report: dict[str, Any]) -> Iterator[str]:
     for line in report["throughput"]:
         if line["completed"] != line["requested"]:
             yield f"batch {line['batch_size']}: {line['completed']} of {line['requested']} passes completed"
+        for key in ("total_token_throughput", "us_per_layer", "median_latency_ms"):
+            if line["batch_size"] and not 0 < line[key] < math.inf:
+                yield f"batch {line['batch_size']}: {key} is {line[key]}, not above 0"
     parity = report["parity"]
     if not parity or not parity["layers"]:
         yield "parity was not checked"
@@ -107,9 +116,9 @@ def problems(report: dict[str, Any]) -> Iterator[str]:
 
 
 def metrics(report: dict[str, Any]) -> Iterator[Metric]:
-    """The numbers that gates decide by. A batch of no tokens has none."""
+    """The numbers that gates decide by. A batch of no tokens, or that took no time, has none."""
     for line in report["throughput"]:
-        if not line["batch_size"]:
+        if not line["batch_size"] or not line["us_per_layer"] > 0:
             continue
         at = f"at batch {line['batch_size']}"
         # What the median of this run's own passes may be off by.

@@ -125,6 +125,21 @@ def test_a_metric_that_a_run_lacks_is_not_passed() -> None:
     assert gates(compare(without, GOOD, Compare()))["memory"] == "no verdict"
 
 
+def test_one_metric_of_several_that_a_run_lacks_is_said() -> None:
+    peak = Metric("memory peak, most of any rank", "memory", 2e9, "B")
+    history = [replace(one, metrics=(*one.metrics, peak)) for one in GOOD]
+    found = compare(sample(9), history, Compare())
+    assert gates(found) | {"memory": ""} == gates(compare(sample(9), GOOD, Compare())) | {"memory": ""}
+    assert gates(found)["memory"] == "no verdict"
+    assert found.gates[3].reasons == (f"{peak.name}: no verdict: the run has none, its baseline has",)
+
+
+def test_a_run_that_is_named_twice_counts_once() -> None:
+    found = compare(sample(9), [GOOD[0]] * 3, Compare())
+    assert (found.verdict, found.baseline) == ("no verdict", (GOOD[0].run_id,))
+    assert found.excluded == ((GOOD[0].run_id, "is named twice"),) * 2
+
+
 def test_a_baseline_of_zero_can_be_compared_with() -> None:
     zeros = [metric(0.0, "parity")] * 3
     assert judge(metric(0.0, "parity"), zeros, 0, 3).verdict == "passed"
