@@ -6,7 +6,7 @@ from typing import Never
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside `path`, then rename over it. What UTF-8 has not (half a surrogate, of an odd file name) is escaped."""
+    """Write beside `path`, then rename over it. What UTF-8 lacks (half a surrogate, of an odd file name) is escaped."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
