@@ -36,7 +36,7 @@ class Tail:
         self._latest: dict[tuple[Path, int], float] = {}
 
     def new(self) -> list[Event]:
-        """Events since the last call, by time; those of a file's attempt in its order, though the clock was set back."""
+        """Events since the last call, by time; those of a file's attempt in its order, though a clock was set."""
         found: list[tuple[float, Event]] = []
         for file in sorted(self._folder.glob("*.jsonl")):
             try:
