@@ -103,12 +103,13 @@ class ParityPart(_Part):
 
 class MemoryPart(_Part):
     """Bytes of a rank: planned by item, held by its layers after loading, at the peak of torch's allocator (null on a
-    CPU), of the process, and free."""
+    CPU), of the process, and free. difference: held over planned, less 1."""
 
     rank: int
     planned: dict[str, int]
     planned_total: int
     measured_total: int
+    difference: float | None = None
     process_resident: int
     free: int | None = None
     seconds: float | None = None

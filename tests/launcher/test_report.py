@@ -72,6 +72,7 @@ def go(plan: Plan, rank: int, *, until: str) -> EventLog:
             "planned": {"routed experts": 8, "routers": 2},
             "planned_total": 10,
             "measured_total": 11,
+            "difference": 0.1,
             "process_resident": 10**8,
             "free": 10**9,
         },
