@@ -112,6 +112,11 @@ def test_too_few_valid_runs_are_no_baseline() -> None:
     assert compare(sample(9), GOOD[:2], Compare(min_runs=2)).verdict == "passed"
 
 
+def test_a_window_that_holds_too_few_runs_is_refused() -> None:
+    with pytest.raises(ValueError, match="min_runs is 20, more than the window of 10: never a verdict"):
+        Compare(min_runs=20)
+
+
 def test_a_run_that_is_not_valid_is_not_compared() -> None:
     found = compare(sample(9, 10.0, problems=["3 of 5 passes completed"]), GOOD, Compare())
     assert found.verdict == "failed"
