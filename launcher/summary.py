@@ -83,8 +83,9 @@ def _cases(entry: Entry) -> list[Case]:
 
 def show(summary: dict[str, Any], night: Night, store: History, out: Console) -> None:
     """The night as a table, and where its files are."""
-    table = Table("config", "run", "state", "verdict", "why", title=f"night {night.night}: {summary['verdict']}")
-    table.title_justify, table.title_style = "left", "bold"
+    table = Table(title=f"night {night.night}: {summary['verdict']}", title_justify="left", title_style="bold")
+    for head in ("config", "run", "state", "verdict", "why"):
+        table.add_column(head, overflow="fold")  # ids and paths must be whole, in a narrow log too
     for line in summary["configs"]:
         cells = (line["name"], line["run_id"] or "", line["state"], line["verdict"], "\n".join(line["reasons"]))
         table.add_row(*map(Text, cells))

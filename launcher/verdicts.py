@@ -69,7 +69,7 @@ def show(comparison: Comparison, out: Console) -> None:
     title = f"{comparison.config} {comparison.run_id}: {comparison.verdict}"
     table = Table(title=Text(title), title_justify="left", title_style="bold")
     for head in ("gate", "metric", "run", "baseline", "change", "noise", "allowed", "verdict"):
-        table.add_column(head)
+        table.add_column(head, overflow="fold")  # a log of CI is 80 columns wide, and a number must be whole
     for gate in comparison.gates:
         for j in gate.judgements:
             table.add_row(*map(Text, (gate.gate, *_cells(j))))

@@ -1,5 +1,6 @@
 """Verdicts: the gate of validity, the rolling baseline, and how often they are wrong on synthetic histories."""
 
+import io
 import json
 import math
 import random
@@ -10,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from launcher.baseline import judge, noise_of
 from launcher.compare import Comparison, compare
 from launcher.junit import Case, junit
 from launcher.sample import Gate, Metric
 from launcher.schema import Compare
-from launcher.verdicts import cases
+from launcher.verdicts import cases, show
 from tests.launcher.samples import IDENTITY, sample
 
 GOOD = [sample(i, value) for i, value in enumerate((1000.0, 1004.0, 998.0), start=1)]
@@ -203,6 +205,14 @@ def test_a_slowdown_of_12_percent_is_found_where_the_noise_allows_it() -> None:
 def junit_of(comparisons: Sequence[Comparison]) -> ET.Element:
     text = junit([case for comparison in comparisons for case in cases(comparison)], "nightly")
     return ET.fromstring(text.encode())
+
+
+def test_a_narrow_log_shows_whole_numbers() -> None:
+    out = Console(file=io.StringIO(), width=60)
+    show(compare(sample(9, 123456.7), GOOD, Compare()), out)
+    assert isinstance(out.file, io.StringIO)
+    text = out.file.getvalue()
+    assert "…" not in text
 
 
 def test_junit_has_one_case_per_config_and_gate() -> None:

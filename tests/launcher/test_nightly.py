@@ -1,5 +1,6 @@
 """A night: what it starts when, for how long it waits, and what it leaves, however its process fares."""
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from launcher import nightly as nights
 from launcher.errors import InputError, UnclearSubmissionError
@@ -23,6 +25,7 @@ from launcher.plan import Plan
 from launcher.runs import record_submission
 from launcher.schema import Limits
 from launcher.status import RunStatus
+from launcher.summary import show, summary_of
 from tests.checkout import CONFIGS, importable
 from tests.launcher.probes import write_probe
 from tests.launcher.samples import sample
@@ -246,6 +249,15 @@ def test_two_that_saw_the_same_night_abandoned_do_not_both_take_it(tmp_path: Pat
     assert broken_off(history, configs, []) is not None
     state.write_text(json.dumps(value))  # as it was when the other read it
     assert broken_off(history, configs, []) is None
+
+
+def test_a_narrow_log_shows_whole_ids(tmp_path: Path) -> None:
+    night = begin(tmp_path, [tmp_path / "a.yaml"], [])
+    night.entries[0].run_dir = "/scratch/runs/a/20260101-000000-abcd"
+    out = Console(file=io.StringIO(), width=60)
+    show(summary_of(night), night, History(tmp_path), out)
+    assert isinstance(out.file, io.StringIO)
+    assert "…" not in out.file.getvalue()
 
 
 def test_a_night_whose_process_is_gone_is_gone_on_with_by_one(tmp_path: Path) -> None:
