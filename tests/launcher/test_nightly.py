@@ -254,6 +254,7 @@ def test_two_that_saw_the_same_night_abandoned_do_not_both_take_it(tmp_path: Pat
 def test_a_narrow_log_shows_whole_ids(tmp_path: Path) -> None:
     night = begin(tmp_path, [tmp_path / "a.yaml"], [])
     night.entries[0].run_dir = "/scratch/runs/a/20260101-000000-abcd"
+    night.entries[0].reasons = ["noise of 213.4 % is larger than the threshold of 5 %"]
     out = Console(file=io.StringIO(), width=60)
     show(summary_of(night), night, History(tmp_path), out)
     assert isinstance(out.file, io.StringIO)
