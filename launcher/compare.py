@@ -1,6 +1,7 @@
 """A run against earlier ones: the gate of validity, then each metric against its baseline, then the verdict."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -58,6 +59,8 @@ def compare(sample: Sample, earlier: Sequence[Sample], settings: Compare) -> Com
     excluded: list[tuple[str, str]] = []
     for other in earlier:
         why = _not_comparable(sample, other)
+        if not why and any(other.run_id == one.run_id for one in kept):
+            why = "is named twice"
         if why:
             excluded.append((other.run_id, why))
         else:
@@ -119,7 +122,19 @@ def _metric_gates(sample: Sample, kept: Sequence[Sample], settings: Compare) -> 
             reasons = (judgements[0].reason,) if judgements else ()
         if not judgements:
             reasons = (f"the run has no metric of {gate}",)
-        yield GateResult(gate, worst([j.verdict for j in judgements]), reasons, judgements)
+        verdicts = [j.verdict for j in judgements]
+        missing = _missing(gate, sample, history, settings.min_runs)
+        if judgements and missing:
+            reasons += tuple(f"{name}: no verdict: the run has none, its baseline has" for name in missing)
+            verdicts.append("no verdict")
+        yield GateResult(gate, worst(verdicts), reasons, judgements)
+
+
+def _missing(gate: Gate, sample: Sample, history: Sequence[dict[str, Metric]], min_runs: int) -> list[str]:
+    """Metrics that enough of the history has and the run has not."""
+    counts = Counter(name for run in history for name, metric in run.items() if metric.gate == gate)
+    known = {metric.name for metric in sample.metrics}
+    return [name for name, count in counts.items() if count >= min_runs and name not in known]
 
 
 def _reason(judgement: Judgement) -> str:

@@ -65,6 +65,11 @@ RULES = (
         "set cluster.scratch and cluster.env.TRITON_CACHE_DIR to a node-local folder",
     ),
     _rule(
+        r"(Errno|os error) (28|122)\b|Disk quota exceeded",
+        "a disk, or the quota on it, is full",
+        "make room where the line or the log says; run.folder and cluster.scratch can lie elsewhere",
+    ),
+    _rule(
         r"EADDRINUSE|Address already in use|errno: 98",
         "another process has the port",
         "launcher resume: each attempt looks for a free port again",

@@ -1,6 +1,7 @@
 """Reading what the ranks wrote, while they write and after."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ class Tail:
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / EVENTS
         self._read: dict[Path, int] = {}
+        self._latest: dict[tuple[Path, int], float] = {}
 
     def new(self) -> list[Event]:
-        """Events since the last call, by time."""
-        found: list[Event] = []
+        """Events since the last call, by time; those of a file's attempt in its order, though a clock was set."""
+        found: list[tuple[float, Event]] = []
         for file in sorted(self._folder.glob("*.jsonl")):
             try:
                 with file.open("rb") as f:
@@ -45,8 +47,11 @@ class Tail:
                 continue
             whole = text.rfind(b"\n") + 1
             self._read[file] = self._read.get(file, 0) + whole
-            found += [event for line in text[:whole].splitlines() if (event := _parse(line)) is not None]
-        return sorted(found, key=lambda event: event.time)
+            for event in filter(None, map(_parse, text[:whole].splitlines())):
+                at = file, event.attempt
+                self._latest[at] = max(event.time, self._latest.get(at, event.time))
+                found.append((self._latest[at], event))
+        return [event for _, event in sorted(found, key=lambda pair: pair[0])]
 
 
 def read_events(run_dir: Path) -> list[Event]:
@@ -73,4 +78,5 @@ def _parse(line: bytes) -> Event | None:
         return None
     numbers = isinstance(event.time, int | float) and isinstance(event.rank, int) and isinstance(event.attempt, int)
     words = isinstance(event.stage, str) and isinstance(event.event, str)
-    return event if numbers and words and isinstance(event.data, dict) and isinstance(event.error, dict) else None
+    good = numbers and math.isfinite(event.time) and words
+    return event if good and isinstance(event.data, dict) and isinstance(event.error, dict) else None

@@ -2,14 +2,20 @@
 
 import os
 from pathlib import Path
+from typing import Never
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside `path`, then rename over it."""
+    """Write beside `path`, then rename over it. What UTF-8 lacks (half a surrogate, of an odd file name) is escaped."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
         unfinished.replace(path)
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def no_number(text: str) -> Never:
+    """For `json.loads(parse_constant=)`: NaN and Infinity, which Python takes, are not JSON. Raises `ValueError`."""
+    raise ValueError(f"{text} is not JSON")

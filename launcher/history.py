@@ -13,7 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from launcher.errors import InputError
+from launcher.files import no_number
 from launcher.sample import Sample
 
 RECORDS, NIGHTS = "records", "nights"
@@ -75,7 +78,7 @@ class History:
 
     def baseline(self, config: str) -> list[Sample]:
         """Valid runs of a config, oldest first, that did not regress; from the last accepted one on."""
-        accepted = {line["accept"] for line in self._lines() if "accept" in line}
+        accepted = [line["accept"] for line in self._lines() if "accept" in line]
         found = [record for record in self.records() if record.sample.config == config and record.sample.valid]
         first = max((i for i, record in enumerate(found) if record.sample.run_id in accepted), default=0)
         return [
@@ -103,19 +106,26 @@ class History:
     def _lines(self) -> list[dict[str, Any]]:
         found = []
         for path in sorted((self.folder / RECORDS).glob("*.jsonl")):
-            for text in path.read_bytes().splitlines():
+            try:
+                texts = path.read_bytes().splitlines()
+            except OSError as error:  # without it the baseline would be another
+                raise InputError(f"--history {self.folder}: cannot be read: {error}") from None
+            for text in texts:
                 try:
-                    line = json.loads(text)
-                except ValueError:
+                    line = json.loads(text, parse_constant=no_number)
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(line, dict) and line.get("format") == _FORMAT:
                     found.append(line)
         return found
 
 
-def _record(value: dict[str, Any]) -> Record | None:
+_RECORD = TypeAdapter(Record)
+
+
+def _record(value: Any) -> Record | None:
+    """None for what is no record, or lacks something of one."""
     try:
-        sample = Sample.from_dict(value["sample"])
-        return Record(**(value | {"sample": sample, "reasons": tuple(value["reasons"])}))
-    except (KeyError, TypeError):
+        return _RECORD.validate_python(value)
+    except ValidationError:
         return None

@@ -12,6 +12,7 @@ from launcher.report_text import (
     THROUGHPUT_HEADS,
     environment_rows,
     headline,
+    held_against_planned,
     moving_rows,
     throughput_rows,
     variables,
@@ -135,7 +136,7 @@ def _parity(parity: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _memory(memory: Sequence[dict[str, Any]], items: Sequence[str]) -> list[dict[str, Any]]:
-    most = max((max(m["planned_total"], m["measured_total"], m["device_peak"] or 0) for m in memory), default=1)
+    most = max((max(m["planned_total"], m["measured_total"], m["device_peak"] or 0) for m in memory), default=0) or 1
 
     def part(count: int, colour: str, name: str) -> dict[str, Any]:
         return {"width": round(100 * count / most, 2), "colour": colour, "text": f"{name}: {size(count)}"}
@@ -146,7 +147,7 @@ def _memory(memory: Sequence[dict[str, Any]], items: Sequence[str]) -> list[dict
         measured = [part(m["measured_total"], "var(--c0)", "held")]
         if (m["device_peak"] or 0) > m["measured_total"]:
             measured.append(part(m["device_peak"] - m["measured_total"], "var(--c1)", "up to the peak"))
-        text = f"{size(m['planned_total'])} planned, {size(m['measured_total'])} held"
+        text = held_against_planned(m)
         if m["device_peak"]:
             text += f", peak {size(m['device_peak'])}"
         lines.append({"rank": m["rank"], "planned": planned, "measured": measured, "text": text})

@@ -1,5 +1,6 @@
 """The logs of a run's ranks."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,11 +8,19 @@ from pathlib import Path
 from launcher.errors import InputError
 
 _POLL_S = 0.2
+_TAIL_BYTES = 64 * 1024
 
 
 def log_files(run_dir: Path, rank: int, job_id: str) -> list[Path]:
     """Where a rank's output and errors go; the files are there once the rank has started."""
     return [run_dir / "submitit" / f"{job_id}_{rank}_log.{kind}" for kind in ("out", "err")]
+
+
+def last_lines(file: Path, count: int) -> list[str]:
+    """The last lines of a log, of at most its last 64 KiB: a log may be larger than memory, and one line of it too."""
+    with file.open("rb") as f:
+        f.seek(max(0, f.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        return f.read().decode(errors="replace").splitlines()[-count:]
 
 
 def follow(files: list[Path], more: Callable[[], bool]) -> Iterator[str]:

@@ -73,8 +73,8 @@ def broken_off(history: Path, configs: Sequence[Path], overrides: Sequence[str])
     wanted = [str(path.absolute()) for path in configs]
     try:
         for state in sorted((history / NIGHTS).glob(f"*/{_STATE}")):
-            found = _abandoned(state.parent, wanted, list(overrides))
-            if found is not None and _claim(found):
+            found, owner = _abandoned(state.parent, wanted, list(overrides))
+            if found is not None and _claim(found, owner):
                 found.save()
                 return found
     except OSError as error:
@@ -96,7 +96,8 @@ def begin(history: Path, configs: Sequence[Path], overrides: Sequence[str]) -> N
     return new
 
 
-def _abandoned(folder: Path, configs: list[str], overrides: list[str]) -> Night | None:
+def _abandoned(folder: Path, configs: list[str], overrides: list[str]) -> tuple[Night | None, str]:
+    """A night that nobody goes on with, and a name of the process that did until then."""
     try:
         value = json.loads((folder / _STATE).read_text())
         entries = [Entry(**entry) for entry in value["entries"]]
@@ -105,16 +106,15 @@ def _abandoned(folder: Path, configs: list[str], overrides: list[str]) -> Night 
         here = owner["host"] == socket.gethostname()
         gone = not Process(owner["pid"], owner["started"]).alive if here else time.time() - alive > _SILENT_S
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # half a night that was never begun
+        return None, ""  # half a night that was never begun
     same = [entry.config for entry in entries] == configs and found.overrides == overrides
-    return found if gone and same and not found.finished else None
+    return (found if gone and same and not found.finished else None), f"{owner['host']}-{owner['pid']}-{alive}"
 
 
-def _claim(night: Night) -> bool:
-    """Whether this process is the one that goes on with it: of several that try, one makes the file."""
-    taken = len(list(night.folder.glob("taken-*")))
+def _claim(night: Night, owner: str) -> bool:
+    """Whether this process goes on with it: of several that would follow an owner, one makes the file."""
     try:
-        (night.folder / f"taken-{taken}").touch(exist_ok=False)
+        (night.folder / f"taken-from-{owner}").touch(exist_ok=False)
     except FileExistsError:
         return False
     return True

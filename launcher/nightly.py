@@ -37,6 +37,8 @@ POLL_S = 3.0
 STOP_S = 180.0
 """How long a run that was told to end may take for it."""
 
+_BEGUN = time.time() - time.monotonic()
+
 _MAY_COME_BACK = ("node failed", "preempted")
 """Ends after which Slurm may put the job back into the queue."""
 
@@ -110,8 +112,8 @@ class _Worker:
         for entry, status in zip(active, found, strict=True):
             try:
                 self._look(entry, status, bool(problems))
-            except (InputError, OSError) as error:
-                self._fail(entry, str(error))
+            except Exception as error:  # a damaged folder, of whatever kind, is this run's failure alone
+                self._fail(entry, _text(error))
 
     def _start(self, entry: Entry) -> bool:
         """Whether it is submitted. A run folder is written down before, so that no restart submits it again."""
@@ -127,20 +129,21 @@ class _Worker:
                 _submit(plan)
         except UnclearSubmissionError as error:
             _say(str(error))
-        except InputError as error:
-            self._fail(entry, str(error))
-            if entry.run_dir and last_submission(Path(entry.run_dir)) is None:
-                shutil.rmtree(entry.run_dir, ignore_errors=True)  # nothing was started, so there is nothing to keep
-                entry.run_dir = ""
+        except Exception as error:
+            self._fail(entry, _text(error))
+            with suppress(InputError):
+                if entry.run_dir and last_submission(Path(entry.run_dir)) is None:
+                    shutil.rmtree(entry.run_dir, ignore_errors=True)  # nothing was started: there is nothing to keep
+                    entry.run_dir = ""
             return False
-        entry.phase, entry.changed = "running", time.time()
+        entry.phase, entry.changed = "running", _now()
         _say(f"{entry.name}: started, {entry.run_dir}")
         return True
 
     def _look(self, entry: Entry, status: RunStatus, blind: bool) -> None:
-        now = time.time()
+        now = _now()
         run_dir = Path(entry.run_dir)
-        entry.state = status.state
+        entry.state, entry.changed = status.state, min(entry.changed, now)
         sign = _sign_of_life(run_dir, status)
         if sign != entry.sign:
             entry.sign, entry.changed = sign, now
@@ -163,7 +166,7 @@ class _Worker:
         write_note(run_dir, attempt, GAVE_UP, why=why)
         _say(f"{entry.name}: ended: {why}")
         entry.reasons.append(why)
-        entry.phase, entry.changed = "stopping", time.time()
+        entry.phase, entry.changed = "stopping", _now()
         with suppress(InputError):  # what cannot be cancelled is given up all the same
             submit.cancel(run_dir)
 
@@ -262,6 +265,16 @@ def _with(sample: Sample, reasons: Sequence[str]) -> Sample:
     """The sample of a run that a deadline ended: why is its first problem, unless its report says it already."""
     unsaid = [reason for reason in reasons if not any(reason in problem for problem in sample.problems)]
     return replace(sample, problems=(*unsaid, *sample.problems))
+
+
+def _text(error: Exception) -> str:
+    """What is wrong; of an error that was not foreseen, its kind too."""
+    return str(error) if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {error}"
+
+
+def _now() -> float:
+    """Unix seconds by a clock that nobody sets while this process lives: no deadline is missed by a set clock."""
+    return _BEGUN + time.monotonic()
 
 
 def _say(text: str) -> None:

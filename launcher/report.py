@@ -12,6 +12,7 @@ from launcher.diagnose import diagnose
 from launcher.events import Event, read_events
 from launcher.files import write_atomically
 from launcher.html import page
+from launcher.logs import last_lines
 from launcher.outcome import Outcome, judge, last_attempt
 from launcher.plan import read_plan
 from launcher.report_schema import SCHEMA, SCHEMA_VERSION, upgraded_line
@@ -93,7 +94,7 @@ def _stages_of(events: Sequence[Event], rank: int) -> dict[str, dict[str, Any]]:
             state = "done" if e.event == "end" else "failed"
             stages[e.stage] = {
                 "state": state,
-                "seconds": round(e.time - begun, 3),
+                "seconds": round(max(0.0, e.data.get("seconds", e.time - begun)), 3),  # a clock may be set meanwhile
                 "begun": begun,
                 "data": e.data,
             }
@@ -147,6 +148,7 @@ def _mean_over_max(counts: Sequence[int]) -> float:
 
 
 def _rank(events: Sequence[Event], stages: dict[str, Any], place: dict[str, Any]) -> dict[str, Any]:
+    first = events[0].time if events else 0.0
     started = next((e.data for e in reversed(events) if e.rank == place["rank"] and e.event == "started"), {})
     environment = stages.get("env", {}).get("data", {})
     return {
@@ -156,7 +158,11 @@ def _rank(events: Sequence[Event], stages: dict[str, Any], place: dict[str, Any]
         "environment": {k: v for k, v in environment.items() if k != "hosts"},
         "weights": {k: v for k, v in stages.get("weights", {}).get("data", {}).items() if k in _WEIGHTS},
         "stages": {
-            name: {"state": s["state"], "begun_s": round(s["begun"] - events[0].time, 3), "seconds": s["seconds"]}
+            name: {
+                "state": s["state"],
+                "begun_s": round(max(0.0, s["begun"] - first), 3),
+                "seconds": s["seconds"],
+            }
             for name, s in stages.items()
         },
     }
@@ -169,7 +175,7 @@ def _failure(run_dir: Path, outcome: Outcome, state: str | None, events: Sequenc
     host = next((e.data["host"] for e in events if e.rank == rank and e.event == "started"), None)
     logs = [] if rank is None else (run_dir / "submitit").glob(f"*_{rank}_log.err")
     log = max(logs, key=lambda p: p.stat().st_mtime, default=None)
-    tail = log.read_text(errors="replace").splitlines()[-LOG_LINES:] if log else []
+    tail = last_lines(log, LOG_LINES) if log else []
     failure = asdict(outcome.failure)
     if log is None and failure["error_type"] == "NeverStarted":
         failure["error"] += " (there is no log: its interpreter did not start; see what submitit printed)"

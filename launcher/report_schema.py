@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from launcher.errors import InputError
+from launcher.files import no_number
 
 SCHEMA = "moe-ep/probe-report"
 SCHEMA_VERSION = 2
@@ -102,7 +103,7 @@ class ParityPart(_Part):
 
 class MemoryPart(_Part):
     """Bytes of a rank: planned by item, held by its layers after loading, at the peak of torch's allocator (null on a
-    CPU), of the process, and free."""
+    CPU), of the process, and free. difference: held over planned, less 1."""
 
     rank: int
     planned: dict[str, int]
@@ -213,8 +214,8 @@ def read(path: Path) -> dict[str, Any]:
         If it is not a report, damaged, or of a version that this launcher does not know.
     """
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=no_number)
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise InputError(f"{path}: not a report: expected the key schema with {SCHEMA!r}")
@@ -229,7 +230,7 @@ def read(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise InputError(f"{path}: damaged: {type(error).__name__}: {error}") from None
     return report
 

@@ -1,5 +1,6 @@
 """A report in words: the verdict in a line, rows for the terminal, Markdown."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from statistics import median
@@ -43,8 +44,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "memory",
             f"rank {line['rank']}",
-            f"{size(line['measured_total'])} held, {size(line['planned_total'])} planned "
-            f"({line['measured_total'] / line['planned_total'] - 1:+.1%}); process {size(line['process_resident'])}",
+            f"{held_against_planned(line)}; process {size(line['process_resident'])}",
         )
         for line in report["memory"]
     ]
@@ -104,11 +104,11 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [f"# {headline(report)}", ""]
     failure = report["failure"]
     if failure:
-        lines += ["```", f"{failure['error_type']}: {failure['error']}", "```", ""]
+        lines += [*_fenced([f"{failure['error_type']}: {failure['error']}"]), ""]
         if failure["diagnosis"]:
             lines += [f"Cause: {failure['diagnosis']['cause']}. Fix: {failure['diagnosis']['fix']}.", ""]
         if failure["log"]:
-            lines += [f"Last lines of {failure['log']}:", "", "```", *failure["log_tail"], "```", ""]
+            lines += [f"Last lines of {failure['log']}:", "", *_fenced(failure["log_tail"]), ""]
     lines += _markdown_table(("", "", ""), [list(row) for row in summary_rows(report)])
     if report["throughput"]:
         lines += ["## Throughput and latency", "", what_is_timed(report), ""]
@@ -182,6 +182,12 @@ def throughput_rows(report: dict[str, Any]) -> list[list[str]]:
         ]
         for line in report["throughput"]
     ]
+
+
+def held_against_planned(line: dict[str, Any]) -> str:
+    """What a rank holds beside what was planned for it."""
+    held, planned = line["measured_total"], line["planned_total"]
+    return f"{size(held)} held, {size(planned)} planned" + (f" ({held / planned - 1:+.1%})" if planned else "")
 
 
 def memory_rows(report: dict[str, Any]) -> list[list[str]]:
@@ -279,6 +285,13 @@ def _against(error: float | None, tolerance: float) -> str:
     if error is None:
         return "NOT A NUMBER"
     return f"{error:.2e} {'≤' if error <= tolerance else 'ABOVE'} {tolerance:g}"
+
+
+def _fenced(lines: Sequence[str]) -> list[str]:
+    """As they are, between fences that are longer than any in them."""
+    longest = max((len(run) for run in re.findall("`+", "\n".join(lines))), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [fence, *lines, fence]
 
 
 def _markdown_table(heads: Sequence[str], rows: list[list[str]]) -> list[str]:

@@ -1,8 +1,8 @@
 """What a report says that can be compared: of which run, whether it is valid, and its metrics."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 Gate = Literal["throughput", "latency", "memory", "parity"]
@@ -47,18 +47,9 @@ class Sample:
         """Whether others may be measured against it."""
         return not self.problems
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> "Sample":
-        """The inverse of `as_dict`."""
-        return cls(**(value | {"problems": tuple(value["problems"]), "metrics": _metrics(value["metrics"])}))
-
 
 def sample_of(report: dict[str, Any]) -> Sample:
-    """The sample of a report of the newest schema version (`report_file.read` brings older ones up to it)."""
+    """The sample of a report of the newest schema version (`report_schema.read` brings older ones up to it)."""
     run = report["run"]
     return Sample(
         config=run["name"],
@@ -79,7 +70,7 @@ def identity(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": config["model"]["name"],
         "shape": config["model"]["shape"],
-        "topology": {key: topology[key] for key in ("nodes", "ranks_per_node", "tp", "ep")},
+        "topology": {key: topology[key] for key in ("nodes", "ranks_per_node", "tp", "ep")} | _slices(topology),
         "layers": job["layers"],
         "batch_sizes": job["throughput"]["batch_sizes"],
         "parity": {key: job["parity"][key] for key in ("tokens", "layers")},
@@ -87,6 +78,12 @@ def identity(report: dict[str, Any]) -> dict[str, Any]:
         "arch": config["cluster"]["arch"],
         "devices": sorted({r["environment"]["device_name"] for r in report["ranks"] if r["environment"]}),
     }
+
+
+def _slices(topology: dict[str, Any]) -> dict[str, Any]:
+    """How experts are cut, where it is not as it was for every run before these keys were."""
+    usual = {"expert_tp": 1, "shared_expert": "replicated"}
+    return {key: topology[key] for key, value in usual.items() if topology.get(key, value) != value}
 
 
 def problems(report: dict[str, Any]) -> Iterator[str]:
@@ -105,6 +102,9 @@ def problems(report: dict[str, Any]) -> Iterator[str]:
     for line in report["throughput"]:
         if line["completed"] != line["requested"]:
             yield f"batch {line['batch_size']}: {line['completed']} of {line['requested']} passes completed"
+        for key in ("total_token_throughput", "us_per_layer", "median_latency_ms"):
+            if line["batch_size"] and not 0 < line[key] < math.inf:
+                yield f"batch {line['batch_size']}: {key} is {line[key]}, not above 0"
     parity = report["parity"]
     if not parity or not parity["layers"]:
         yield "parity was not checked"
@@ -116,9 +116,9 @@ def problems(report: dict[str, Any]) -> Iterator[str]:
 
 
 def metrics(report: dict[str, Any]) -> Iterator[Metric]:
-    """The numbers that gates decide by. A batch of no tokens has none."""
+    """The numbers that gates decide by. A batch of no tokens, or that took no time, has none."""
     for line in report["throughput"]:
-        if not line["batch_size"]:
+        if not line["batch_size"] or not line["us_per_layer"] > 0:
             continue
         at = f"at batch {line['batch_size']}"
         # What the median of this run's own passes may be off by.
@@ -150,7 +150,3 @@ def trends(report: dict[str, Any]) -> Iterator[tuple[str, float]]:
     combined = [line["combine_us"] for line in report["throughput"] if line["combine_us"] is not None]
     if combined:
         yield "combine of the largest batch, µs", combined[-1]
-
-
-def _metrics(values: Sequence[dict[str, Any]]) -> tuple[Metric, ...]:
-    return tuple(Metric(**value) for value in values)

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from launcher import report, report_schema, runs
 from launcher.errors import InputError
 from launcher.plan import read_plan
+from launcher.sample import Sample, sample_of
 from launcher.schema import Compare
 from launcher.status import statuses
 
@@ -29,6 +30,18 @@ def reports_of(texts: Sequence[str], folder: Path) -> list[dict[str, Any]]:
         report_schema.read(files[text]) if text in files else report.build(folders[text], by_folder[folders[text]])
         for text in texts
     ]
+
+
+def samples_of(reports: Sequence[dict[str, Any]]) -> list[Sample]:
+    """Their samples. Raises `InputError` for one whose configuration lacks what is compared."""
+    found = []
+    for result in reports:
+        try:
+            found.append(sample_of(result))
+        except (KeyError, TypeError, AttributeError) as error:
+            name = f"{result['run']['name']} {result['run']['id']}"
+            raise InputError(f"report of {name}: damaged: {type(error).__name__}: {error}") from None
+    return found
 
 
 def earlier_runs(text: str, folder: Path) -> list[str]:

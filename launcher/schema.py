@@ -254,6 +254,12 @@ class Compare(_Section):
     window: int = Field(default=10, ge=2, le=1000)
     min_runs: int = Field(default=3, ge=2, le=1000)
 
+    @model_validator(mode="after")
+    def _window_holds_enough(self) -> Self:
+        if self.min_runs > self.window:
+            raise ValueError(f"min_runs is {self.min_runs}, more than the window of {self.window}: never a verdict")
+        return self
+
 
 class Config(_Section):
     """A run, its cluster and model files read in."""

@@ -83,7 +83,7 @@ def statuses(run_dirs: Sequence[Path]) -> tuple[list[RunStatus], tuple[str, ...]
             continue
         try:
             status = _status(run, last[run], job, answer.problems)
-        except InputError as error:  # one damaged folder must not hide the other runs
+        except (InputError, LookupError, TypeError, ValueError) as error:  # one damaged folder must not hide the others
             status = RunStatus(str(run), run.parent.name, run.name, "", "unknown", str(error))
         if status.state in _SETTLED and not answer.problems:
             with suppress(OSError):  # somebody else's run, or a full disk

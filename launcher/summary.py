@@ -23,19 +23,22 @@ SCHEMA_VERSION = 1
 
 
 def finish(night: Night, store: History, junit_file: Path | None) -> dict[str, Any]:
-    """Write summary.json, junit.xml and the index page, then that the night has ended; returns the summary."""
+    """Write summary.json, junit.xml and the index page, then that the night has ended; returns the summary.
+
+    Raises `InputError` if `junit_file` cannot be written; the night has ended nevertheless.
+    """
     value = summary_of(night)
     text = junit([case for entry in night.entries for case in _cases(entry)], f"nightly {night.night}")
     write_atomically(night.folder / "summary.json", json.dumps(value, indent=2, allow_nan=False) + "\n")
     write_atomically(night.folder / "junit.xml", text)
     _write_index(store, value)
+    night.finished = True
+    night.save()
     if junit_file:
         try:
             write_atomically(junit_file, text)
         except OSError as error:
             raise InputError(f"--junit {junit_file}: {error}") from None
-    night.finished = True
-    night.save()
     return value
 
 
@@ -80,8 +83,9 @@ def _cases(entry: Entry) -> list[Case]:
 
 def show(summary: dict[str, Any], night: Night, store: History, out: Console) -> None:
     """The night as a table, and where its files are."""
-    table = Table("config", "run", "state", "verdict", "why", title=f"night {night.night}: {summary['verdict']}")
-    table.title_justify, table.title_style = "left", "bold"
+    table = Table(title=f"night {night.night}: {summary['verdict']}", title_justify="left", title_style="bold")
+    for head in ("config", "run", "state", "verdict", "why"):
+        table.add_column(head, overflow="fold")  # ids and paths must be whole, in a narrow log too
     for line in summary["configs"]:
         cells = (line["name"], line["run_id"] or "", line["state"], line["verdict"], "\n".join(line["reasons"]))
         table.add_row(*map(Text, cells))

@@ -16,8 +16,7 @@ from launcher.errors import InputError
 from launcher.files import write_atomically
 from launcher.history import History
 from launcher.junit import Case, junit
-from launcher.sample import sample_of
-from launcher.samples import earlier_runs, reports_of, settings_of
+from launcher.samples import earlier_runs, reports_of, samples_of, settings_of
 from launcher.units import figure, size
 
 EXIT_CODES = {"passed": 0, "regressed": 1, "failed": 1, "no verdict": 2}
@@ -38,10 +37,10 @@ def compare_runs(
     *before, last = named
     if not before and history is None:
         before = earlier_runs(last, folder)
-    *baseline, result = reports_of([*before, last], folder)
-    sample = sample_of(result)
+    reports = reports_of([*before, last], folder)
+    *baseline, sample = samples_of(reports)
     kept = History(history).baseline(sample.config) if history else []
-    comparison = compare(sample, [*kept, *map(sample_of, baseline)], settings_of(result, _overrides(overrides)))
+    comparison = compare(sample, [*kept, *baseline], settings_of(reports[-1], _overrides(overrides)))
     out = Console()
     if as_json:
         out.print_json(json.dumps(comparison.as_dict()))
@@ -68,9 +67,9 @@ def cases(comparison: Comparison) -> list[Case]:
 def show(comparison: Comparison, out: Console) -> None:
     """The verdict as a table: a row a metric, and why a gate is not passed."""
     title = f"{comparison.config} {comparison.run_id}: {comparison.verdict}"
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
     for head in ("gate", "metric", "run", "baseline", "change", "noise", "allowed", "verdict"):
-        table.add_column(head)
+        table.add_column(head, overflow="fold")  # a log of CI is 80 columns wide, and a number must be whole
     for gate in comparison.gates:
         for j in gate.judgements:
             table.add_row(*map(Text, (gate.gate, *_cells(j))))

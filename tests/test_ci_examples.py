@@ -58,11 +58,20 @@ def test_the_gitlab_jobs_run_a_night_and_a_gate(checkout: Path) -> None:
     night = shell("\n".join(jobs["nightly"]["script"]), checkout, **variables)
     assert night.returncode == 0, night.stderr
     assert json.loads((checkout / "summary.json").read_text())["configs"][0]["state"] == "completed"
+    (checkout / "junit.xml").unlink()
     gate = shell("\n".join(jobs["gate"]["script"]), checkout, **variables)
     assert gate.returncode == jobs["gate"]["allow_failure"]["exit_codes"], "no verdict yet: " + gate.stderr
     for job in ("nightly", "gate"):
         for path in jobs[job]["artifacts"]["paths"]:
             assert (checkout / path).stat().st_size
+
+
+def test_the_gitlab_gate_does_not_take_wrong_input_for_no_verdict(checkout: Path) -> None:
+    script = read("gitlab-ci.yml")["gate"]["script"]
+    variables = {"GATE": "nonesuch.yaml", "HISTORY": str(checkout / "history")}
+    assert shell("\n".join(script), checkout, **variables).returncode == 1
+    (checkout / "report.json").write_text("{}")
+    assert shell(script[-1], checkout, **variables).returncode == 1
 
 
 def test_the_github_steps_run_a_night_and_show_its_verdict(checkout: Path) -> None:

@@ -1,5 +1,6 @@
 """Verdicts: the gate of validity, the rolling baseline, and how often they are wrong on synthetic histories."""
 
+import io
 import json
 import math
 import random
@@ -10,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from launcher.baseline import judge, noise_of
 from launcher.compare import Comparison, compare
 from launcher.junit import Case, junit
 from launcher.sample import Gate, Metric
 from launcher.schema import Compare
-from launcher.verdicts import cases
+from launcher.verdicts import cases, show
 from tests.launcher.samples import IDENTITY, sample
 
 GOOD = [sample(i, value) for i, value in enumerate((1000.0, 1004.0, 998.0), start=1)]
@@ -112,6 +114,11 @@ def test_too_few_valid_runs_are_no_baseline() -> None:
     assert compare(sample(9), GOOD[:2], Compare(min_runs=2)).verdict == "passed"
 
 
+def test_a_window_that_holds_too_few_runs_is_refused() -> None:
+    with pytest.raises(ValueError, match="min_runs is 20, more than the window of 10: never a verdict"):
+        Compare(min_runs=20)
+
+
 def test_a_run_that_is_not_valid_is_not_compared() -> None:
     found = compare(sample(9, 10.0, problems=["3 of 5 passes completed"]), GOOD, Compare())
     assert found.verdict == "failed"
@@ -123,6 +130,21 @@ def test_a_run_that_is_not_valid_is_not_compared() -> None:
 def test_a_metric_that_a_run_lacks_is_not_passed() -> None:
     without = replace(sample(9), metrics=sample(9).metrics[:2])
     assert gates(compare(without, GOOD, Compare()))["memory"] == "no verdict"
+
+
+def test_one_metric_of_several_that_a_run_lacks_is_said() -> None:
+    peak = Metric("memory peak, most of any rank", "memory", 2e9, "B")
+    history = [replace(one, metrics=(*one.metrics, peak)) for one in GOOD]
+    found = compare(sample(9), history, Compare())
+    assert gates(found) | {"memory": ""} == gates(compare(sample(9), GOOD, Compare())) | {"memory": ""}
+    assert gates(found)["memory"] == "no verdict"
+    assert found.gates[3].reasons == (f"{peak.name}: no verdict: the run has none, its baseline has",)
+
+
+def test_a_run_that_is_named_twice_counts_once() -> None:
+    found = compare(sample(9), [GOOD[0]] * 3, Compare())
+    assert (found.verdict, found.baseline) == ("no verdict", (GOOD[0].run_id,))
+    assert found.excluded == ((GOOD[0].run_id, "is named twice"),) * 2
 
 
 def test_a_baseline_of_zero_can_be_compared_with() -> None:
@@ -183,6 +205,14 @@ def test_a_slowdown_of_12_percent_is_found_where_the_noise_allows_it() -> None:
 def junit_of(comparisons: Sequence[Comparison]) -> ET.Element:
     text = junit([case for comparison in comparisons for case in cases(comparison)], "nightly")
     return ET.fromstring(text.encode())
+
+
+def test_a_narrow_log_shows_whole_numbers() -> None:
+    out = Console(file=io.StringIO(), width=60)
+    show(compare(sample(9, 123456.7), GOOD, Compare()), out)
+    assert isinstance(out.file, io.StringIO)
+    text = out.file.getvalue()
+    assert "…" not in text
 
 
 def test_junit_has_one_case_per_config_and_gate() -> None:

@@ -18,6 +18,8 @@ from launcher.diagnose import diagnose
         ("slurmstepd: error: *** JOB 7 CANCELLED DUE TO TIME LIMIT ***", "time limit"),
         ("GivenUp: again, after it had run, pending for 12 s; node nid001002 is down*", "a node that the run was on"),
         ("slurmstepd: error: pyxis: couldn't start container", "cannot start the container"),
+        ("mkdir: cannot create directory '/run/enroot': No space left on device", "cannot start the container"),
+        ("OSError: [Errno 28] No space left on device: '/scratch/runs/x'", "a disk, or the quota on it, is full"),
     ],
 )
 def test_a_known_line_has_a_cause_and_a_fix(line: str, cause: str) -> None:

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,6 +74,35 @@ def test_a_line_that_a_crash_broke_is_passed_over_and_the_next_begins_anew(tmp_p
         f.write(json.dumps({"format": 1, "record": {"night": "x"}}).encode() + b"\n")
         f.write(json.dumps({"format": 99, "accept": "x"}).encode() + b"\n")
     assert [r.sample.run_id for r in history.records()] == [sample(1).run_id, sample(2).run_id]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run_id": 5},
+        {"run_id": ["a"]},
+        {"identity": "tiny"},
+        {"problems": [1]},
+        {"metrics": [{"name": "m", "gate": "memory", "value": "1 GB", "unit": "B", "error": 0.0}]},
+        {"metrics": [{"name": "m", "gate": "memory", "value": float("nan"), "unit": "B", "error": 0.0}]},
+        {"trends": None},
+    ],
+)
+def test_a_line_that_is_json_but_no_record_is_passed_over(tmp_path: Path, change: dict[str, Any]) -> None:
+    history = History(tmp_path)
+    history.append(record(sample(1)))
+    line = {"format": 1, "record": asdict(record(sample(2)))}
+    line["record"]["sample"] |= change  # type: ignore[index]
+    others = ["[" * 100_000, json.dumps({"format": 1, "accept": ["a"]})]
+    (tmp_path / "records" / "odd.jsonl").write_text("\n".join([json.dumps(line), *others]))
+    assert history.records() == [record(sample(1))]
+    assert history.baseline("tiny") == [sample(1)]
+
+
+def test_records_that_cannot_be_read_are_said(tmp_path: Path) -> None:
+    (tmp_path / "records" / "odd.jsonl").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"--history .*cannot be read: .*odd\.jsonl"):
+        History(tmp_path).records()
 
 
 def test_the_baseline_has_neither_regressed_nor_invalid_runs_nor_those_of_other_configs(tmp_path: Path) -> None:

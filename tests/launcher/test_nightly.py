@@ -1,7 +1,9 @@
 """A night: what it starts when, for how long it waits, and what it leaves, however its process fares."""
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from launcher import nightly as nights
 from launcher.errors import InputError, UnclearSubmissionError
@@ -22,6 +25,7 @@ from launcher.plan import Plan
 from launcher.runs import record_submission
 from launcher.schema import Limits
 from launcher.status import RunStatus
+from launcher.summary import show, summary_of
 from tests.checkout import CONFIGS, importable
 from tests.launcher.probes import write_probe
 from tests.launcher.samples import sample
@@ -183,6 +187,78 @@ def test_a_run_that_stands_still_is_ended_and_has_failed(cluster: Cluster, tmp_p
     assert "no rank has made progress for 360" in entry.reasons[0]
     report = json.loads((Path(entry.run_dir) / "report.json").read_text())
     assert report["failure"]["error_type"] == "GivenUp"
+
+
+def test_a_run_whose_folder_is_damaged_leaves_the_others_alone(cluster: Cluster, tmp_path: Path) -> None:
+    worker, night = worker_of(tmp_path, configs_named(tmp_path, "a", "b", "c"))
+    worker.round(3)
+    for plan in cluster.submitted:
+        cluster.finish(plan)
+    odd = {"time": 1.0, "rank": 0, "stage": "throughput", "event": "progress", "data": {}}
+    (cluster.submitted[0].run_dir / "events" / "odd.jsonl").write_text(json.dumps(odd) + "\n")
+    shutil.rmtree(cluster.submitted[1].run_dir)
+    worker.round(3)
+    assert [(entry.phase, entry.verdict) for entry in night.entries] == [
+        ("judged", "failed"),
+        ("judged", "failed"),
+        ("judged", "no verdict"),
+    ]
+    assert night.entries[0].reasons == ["KeyError: 'latest'"]
+    assert "not the folder of a run" in night.entries[1].reasons[0]
+
+
+def test_a_folder_for_runs_that_cannot_be_written_leaves_the_others_alone(cluster: Cluster, tmp_path: Path) -> None:
+    def full(plan: Plan) -> None:
+        if plan.config.run.name == "a":
+            raise OSError(28, "No space left on device")
+
+    cluster.problem = full
+    worker, night = worker_of(tmp_path, configs_named(tmp_path, "a", "b"))
+    worker.round(2)
+    assert [entry.phase for entry in night.entries] == ["judged", "running"]
+    assert "No space left" in night.entries[0].reasons[0]
+
+
+def test_a_clock_that_is_set_forward_ends_no_run(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, night = worker_of(tmp_path, configs_named(tmp_path, "a"))
+    worker.round(1)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 86_400)
+    worker.round(1)
+    assert (night.entries[0].phase, night.entries[0].reasons) == ("running", [])
+
+
+def test_a_night_whose_junit_file_cannot_be_written_has_ended(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.at_once = True
+    configs, history = configs_named(tmp_path, "a"), tmp_path / "history"
+    options: dict[str, Any] = {"parallel": 1, "resume": False, "junit_file": tmp_path / "no" / "x.xml", "as_json": True}
+    for nights_so_far in (1, 2):
+        with pytest.raises(InputError, match=r"--junit .*x\.xml"):
+            nights.nightly(configs, history, [], **options)
+        assert len(list(history.glob("nights/*/summary.json"))) == nights_so_far, "the next one is another night"
+
+
+def test_two_that_saw_the_same_night_abandoned_do_not_both_take_it(tmp_path: Path) -> None:
+    configs, history = configs_named(tmp_path, "a"), tmp_path / "history"
+    state = begin(history, configs, []).folder / "night.json"
+    value = json.loads(state.read_text())
+    value["owner"]["started"] -= 1
+    state.write_text(json.dumps(value))
+    assert broken_off(history, configs, []) is not None
+    state.write_text(json.dumps(value))  # as it was when the other read it
+    assert broken_off(history, configs, []) is None
+
+
+def test_a_narrow_log_shows_whole_ids(tmp_path: Path) -> None:
+    night = begin(tmp_path, [tmp_path / "a.yaml"], [])
+    night.entries[0].run_dir = "/scratch/runs/a/20260101-000000-abcd"
+    night.entries[0].reasons = ["noise of 213.4 % is larger than the threshold of 5 %"]
+    out = Console(file=io.StringIO(), width=60)
+    show(summary_of(night), night, History(tmp_path), out)
+    assert isinstance(out.file, io.StringIO)
+    assert "…" not in out.file.getvalue()
 
 
 def test_a_night_whose_process_is_gone_is_gone_on_with_by_one(tmp_path: Path) -> None:

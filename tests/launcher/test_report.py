@@ -72,6 +72,7 @@ def go(plan: Plan, rank: int, *, until: str) -> EventLog:
             "planned": {"routed experts": 8, "routers": 2},
             "planned_total": 10,
             "measured_total": 11,
+            "difference": 0.1,
             "process_resident": 10**8,
             "free": 10**9,
         },
@@ -257,6 +258,37 @@ def test_event_lines_that_are_none_do_no_harm(plan: Plan) -> None:
     assert result["run"]["state"] == "unfinished", "rank 99 is none of this run's"
 
 
+def test_a_clock_that_is_set_back_loses_nothing(plan: Plan) -> None:
+    for rank in range(2):
+        go(plan, rank, until="memory")
+    file = plan.run_dir / "events" / "rank-00000.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    at = next(i for i, line in enumerate(lines) if (line["stage"], line["event"]) == ("parity", "end"))
+    for line in lines[at:]:
+        line["time"] -= 3600
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = report.write(plan.run_dir)
+    assert result["parity"]["layers"]["0"]["relative_error"] == 3e-3
+    stages = result["ranks"][0]["stages"]
+    assert stages["parity"]["state"] == "done"
+    assert 0 <= stages["parity"]["seconds"] < 600
+    assert all(stage["begun_s"] >= 0 for rank in result["ranks"] for stage in rank["stages"].values())
+
+
+def test_what_a_log_and_an_error_say_stays_what_it_is(plan: Plan) -> None:
+    fail(EventLog(plan.run_dir, 0), "weights", {}, "no file bad\udcff ```` # no heading")
+    logs = plan.run_dir / "submitit"
+    logs.mkdir()
+    (logs / "7_0_log.err").write_bytes(b"x" * 200_000 + b"\n```\n# no heading\n")
+    result = report.write(plan.run_dir)
+    assert sum(map(len, result["failure"]["log_tail"])) <= 64 * 1024, "a log may be larger than memory"
+    assert result["failure"]["log_tail"][-2:] == ["```", "# no heading"]
+    text = (plan.run_dir / "report.md").read_text()
+    assert "\n`````\nRuntimeError: no file bad\\udcff ```` # no heading\n`````\n" in text
+    assert "\n```\n# no heading\n````\n" in text, "what a fence of three would end is within one of four"
+    assert "no file bad" in (plan.run_dir / "report.html").read_text()
+
+
 def test_a_report_that_cannot_be_written_can_still_be_seen(plan: Plan) -> None:
     (plan.run_dir / "report.json").mkdir()
     result = report.write(plan.run_dir)
@@ -277,4 +309,8 @@ def test_the_tail_hands_out_each_line_once_and_waits_for_whole_ones(plan: Plan) 
     with file.open("a") as f:
         f.write(' "event": "begin"}\nnot JSON\n')
     assert [e.event for e in tail.new()] == ["begin"]
-    assert [e.event for e in read_events(plan.run_dir)] == ["begin", "started"], "by time"
+    (plan.run_dir / "events" / "rank-00001.jsonl").write_text(
+        '{"time": 1, "rank": 1, "stage": "env", "event": "end"}\n'
+    )
+    said = [e.event for e in read_events(plan.run_dir)]
+    assert said == ["end", "started", "begin"], "by time, but a rank's own in its order"

@@ -9,10 +9,12 @@ import jsonschema
 import pytest
 
 from launcher import report_schema
+from launcher.compare import differences
 from launcher.errors import InputError
 from launcher.html import page
 from launcher.report_text import markdown
 from launcher.sample import sample_of
+from launcher.samples import samples_of
 from tests.checkout import ROOT
 
 PUBLISHED = ROOT / "docs" / "schema" / "probe-report-2.json"
@@ -60,6 +62,8 @@ def changed(folder: Path, **change: Any) -> Path:
         ({"schema": "other"}, "not a report: expected the key schema with 'moe-ep/probe-report'"),
         ({"run": {}}, r"run\.name: Field required"),
         ({"ranks": 4}, "damaged"),
+        ({"ranks": []}, "damaged: ZeroDivisionError"),
+        ({"planned_bytes": float("nan")}, "NaN is not JSON"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
     ],
 )
@@ -73,3 +77,25 @@ def test_what_is_no_json_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(InputError, match=r"x\.json: "):
         report_schema.read(tmp_path / "x.json")
+
+
+def test_a_report_without_what_is_compared_is_refused_by_name(tmp_path: Path) -> None:
+    report = report_schema.read(changed(tmp_path, config={"model": {"name": "tiny"}}))
+    with pytest.raises(InputError, match=rf"report of {report['run']['name']} {report['run']['id']}: damaged: .*'job'"):
+        samples_of([report])
+
+
+def test_a_run_whose_experts_are_cut_otherwise_is_another_topology() -> None:
+    report = report_schema.read(OLD)
+    before = sample_of(report).identity
+    report["config"]["topology"] |= {"expert_tp": 1, "shared_expert": "replicated"}
+    assert sample_of(report).identity == before, "what older runs did without saying so"
+    report["config"]["topology"] |= {"expert_tp": 2}
+    assert list(differences(sample_of(report).identity, before)) == ["topology.expert_tp is None instead of 2"]
+
+
+@pytest.mark.parametrize("key", ["total_token_throughput", "us_per_layer", "median_latency_ms"])
+def test_a_number_that_cannot_be_is_no_measurement(key: str) -> None:
+    report = report_schema.read(OLD)
+    report["throughput"][0][key] = 0.0
+    assert sample_of(report).problems == (f"batch {report['throughput'][0]['batch_size']}: {key} is 0.0, not above 0",)
