@@ -44,7 +44,7 @@ def start(
     plan = planning.make_plan(
         configuration.load(config, overrides), planning.new_run_id(datetime.now(UTC)), ["launcher", *sys.argv[1:]]
     )
-    problems = planning.problems_on_site(plan) + ([] if force else _too_large(plan))
+    problems = planning.problems_on_site(plan) + ([] if force else [f"{text}; --force submits it" for text in too_large(plan)])
     if dry_run:
         show.dry_run(plan, problems, out, as_json=as_json)
         return WELL
@@ -59,10 +59,10 @@ def start(
     return _started(plan, job, wait=wait, follow=follow, as_json=as_json)
 
 
-def _too_large(plan: planning.Plan) -> list[str]:
+def too_large(plan: planning.Plan) -> list[str]:
     """Why the job's memory does not fit, by the same plan as `launcher plan` shows."""
     found = fit.plan_memory(plan.config, Path(plan.checkpoint)).job
-    return [f"memory: {show_memory.describe(found)}; --force submits it"] if found.state == "does not fit" else []
+    return [f"memory: {show_memory.describe(found)}"] if found.state == "does not fit" else []
 
 
 def resume(run: str, folder: Path, *, wait: bool, follow: bool, as_json: bool) -> int:

@@ -16,7 +16,7 @@ from rich.console import Console
 from launcher import config as configuration
 from launcher import plan as planning
 from launcher import report, slurm, submit
-from launcher.commands import submit_recorded
+from launcher.commands import submit_recorded, too_large
 from launcher.compare import Comparison, compare
 from launcher.errors import InputError, UnclearSubmissionError
 from launcher.events import read_events
@@ -221,7 +221,7 @@ def _plan(entry: Entry, overrides: Sequence[str]) -> planning.Plan:
         planning.new_run_id(datetime.now(UTC)),
         ["launcher", *sys.argv[1:]],
     )
-    problems = planning.problems_on_site(plan)
+    problems = planning.problems_on_site(plan) + too_large(plan)
     if problems:
         raise InputError("; ".join(f"{entry.config}: {problem}" for problem in problems))
     return plan

@@ -137,8 +137,11 @@ def test_no_more_runs_are_submitted_at_once_than_allowed(cluster: Cluster, tmp_p
 def test_a_broken_config_and_a_refused_one_leave_the_others_alone(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    configs = configs_named(tmp_path, "good", "broken", "refused")
+    configs = configs_named(tmp_path, "good", "broken", "refused", "large")
     configs[1].write_text("run: {name: x\n")
+    small = tmp_path / "small.yaml"
+    small.write_text((CONFIGS / "clusters/local.yaml").read_text() + "device_memory_gb: 0.001\n")
+    configs[3].write_text(configs[3].read_text().replace(f"{CONFIGS}/clusters/local.yaml", str(small)))
 
     def refuse(plan: Plan) -> None:
         if plan.config.run.name == "refused":
@@ -153,9 +156,10 @@ def test_a_broken_config_and_a_refused_one_leave_the_others_alone(
     assert "not YAML" in found["broken"]["reasons"][0]
     assert found["refused"]["reasons"] == ["sbatch refused the request: Invalid account"]
     assert "no such file" in found["nope"]["reasons"][0]
+    assert "memory: does not fit: 1.181 MB of 1 MB a rank" in found["large"]["reasons"][0]
     assert [path.name for path in (tmp_path / "runs").iterdir() if any(path.iterdir())] == ["good"]
     failures = [case.get("classname") for case in ET.parse(tmp_path / "j.xml").iter("testcase") if len(case)]
-    assert {"broken", "refused", "nope"} <= set(failures)
+    assert {"broken", "refused", "large", "nope"} <= set(failures)
     (folder,) = (tmp_path / "history" / "nights").iterdir()
     assert json.loads((folder / "summary.json").read_text())["verdict"] == "failed"
     assert (tmp_path / "history" / found["good"]["report"]).is_file(), "the report outlives the run's folder"
