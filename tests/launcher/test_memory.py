@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -96,6 +97,28 @@ def test_advice_names_slicing_and_sharding_where_they_suffice() -> None:
     assert any(text.startswith("topology.dense=sharded") for text in dense.model.advice)
     ep = planned("v4pro-4node", "topology.ep=4")
     assert "topology.ep=16" in ep.job.advice
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("v4pro-2node", ()),
+        ("repro-1node-ep4", ("topology.shared_expert=sharded",)),
+        ("v4pro-2node", ("topology={nodes: 2, ranks_per_node: 4, tp: 8, ep: 1, expert_tp: 4}",)),
+    ],
+    ids=["slices that more ranks would cut below fp8 blocks", "sharded on one node", "slices of experts"],
+)
+def test_advice_names_every_key_that_must_change_with_it(name: str, overrides: tuple[str, ...]) -> None:
+    advice = planned(name, *overrides).job.advice
+    assert advice
+    for text in advice:
+        section = ""
+        changes = []
+        for given, key, value in re.findall(r"(?:(\w+)\.)?(\w+)=(\w+)", text):
+            section = given or section
+            changes.append(f"{section}.{key}={value}")
+        state = planned(name, *overrides, *changes).job.state
+        assert state == ("tight" if text.endswith("(tight)") else "fits"), text
 
 
 @pytest.mark.parametrize(
