@@ -7,6 +7,7 @@ from typing import Literal
 
 from launcher.config import layer_numbers
 from launcher.errors import InputError
+from launcher.files import is_file
 from launcher.schema import Config
 from launcher.topology import RankPlace, rank_places
 from launcher.units import GB
@@ -96,7 +97,7 @@ def tensors_of(
         If the checkpoint is there but damaged, or its sizes are not the model file's.
     """
     shape, attention = config.model.sizes, config.model.attention_sizes
-    if checkpoint is not None and (checkpoint / CONFIG).is_file():
+    if checkpoint is not None and is_file(checkpoint / CONFIG):
         try:
             headers = read_headers(checkpoint)
         except CheckpointError as error:

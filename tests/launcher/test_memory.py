@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from launcher.config import load
 from launcher.errors import InputError
 from launcher.fit import MemoryPlan, plan_memory
 from launcher.memory import RankMemory, kv_bytes
+from launcher.plan import make_plan, problems_on_site
 from launcher.show_memory import describe
 from moe_ep.headers import CONFIG
 from moe_ep.synthetic import write_checkpoint
@@ -171,6 +173,23 @@ def test_a_checkpoint_of_other_sizes_or_a_damaged_one_is_an_input_error(tmp_path
     (tmp_path / "model" / CONFIG).write_text("{}")
     with pytest.raises(InputError, match=r"config\.json: model_type is None"):
         plan_memory(config, tmp_path / "model")
+
+
+def test_a_checkpoint_that_may_not_be_looked_at_from_here_is_planned_from_the_model_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at = os.stat
+
+    def denied(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(path).startswith("/secret/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return looked_at(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", denied)
+    config = load(CONFIGS / "v4flash-1node.yaml", ["model.checkpoint=/secret/flash"], {"SCRATCH": "/scratch/user"})
+    assert plan_memory(config, Path("/secret/flash")).source == "the model file's sizes"
+    problems = problems_on_site(make_plan(config, "run"))
+    assert problems[0].startswith("model.checkpoint: /secret/flash: no file /secret/flash/config.json")
 
 
 def launcher(cwd: Path, *args: str) -> "subprocess.CompletedProcess[str]":
