@@ -151,6 +151,8 @@ def _changes(config: Config, attention: AttentionShape | None, scope: Scope) -> 
         yield {f"memory.context={n}": {"memory": {"context": n}} for n in contexts}
     wider = [ep for ep in range(topology.ep + 1, topology.tp + 1) if topology.tp % ep == 0 and ep <= experts]
     yield {f"topology.{_told(keys)}": {"topology": keys} for ep in wider for keys in [_spread(config, {"ep": ep})]}
+    if config.cluster.scheduler == "local":
+        return  # there is but this machine
     nodes = {n: n * topology.ranks_per_node for n in range(topology.nodes + 1, MOST_NODES + 1)}
     yield {
         f"{n} nodes (topology.{_told(keys)})": {"topology": keys}

@@ -126,6 +126,16 @@ def _check_experts(tensors: Mapping[str, TensorInfo]) -> None:
             )
 
 
+def checked(path: Path, tensors: Mapping[str, TensorInfo], name: str, expected: TensorSpec) -> TensorInfo:
+    """The header of a tensor that must be there as `expected`, else `CheckpointError`, which names tensor and file."""
+    found = tensors.get(name)
+    if found is None:
+        raise CheckpointError(f"{path}: no tensor {name}, expected {expected}")
+    if found.spec != expected:
+        raise CheckpointError(f"{found.file}: {name} is {found.spec}, expected {expected}")
+    return found
+
+
 def fingerprint(headers: CheckpointHeaders) -> str:
     """By which a checkpoint is known again, wherever it lies: a hash of its tensors' names, dtypes, shapes and places,
     and of samples of every file's data, so that weights which were trained on differ though their headers do not.

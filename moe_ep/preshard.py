@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moe_ep.backends.base import MoEBackend
-from moe_ep.checkpoint import DTYPES, Checkpoint, checked, host_bytes
+from moe_ep.checkpoint import DTYPES, Checkpoint, host_bytes
 from moe_ep.comm import Alone, Combine
-from moe_ep.headers import CheckpointError, TensorInfo, encode_header, read_header
+from moe_ep.headers import CheckpointError, TensorInfo, checked, encode_header, read_header
 from moe_ep.layer import MoELayer, RoutedExperts, SharedExpert
 from moe_ep.loading import USUAL, Reading, load_layers
 from moe_ep.manifest import Manifest

@@ -17,7 +17,7 @@ from launcher.fit import MemoryPlan, plan_memory
 from launcher.memory import RankMemory, kv_bytes
 from launcher.plan import make_plan, problems_on_site
 from launcher.show_memory import describe
-from moe_ep.headers import CONFIG
+from moe_ep.headers import CONFIG, INDEX
 from moe_ep.synthetic import write_checkpoint
 from tests.checkout import CONFIGS, ROOT, importable
 
@@ -143,6 +143,11 @@ def test_the_cache_takes_the_published_bytes(model: str, kind: str, per_token: i
         assert 2 * small - large == pytest.approx(window, rel=0.02)
 
 
+def test_a_machine_of_its_own_is_not_told_to_use_more_nodes() -> None:
+    plan = planned("tiny", "cluster.device_memory_gb=0.001")
+    assert (plan.job.state, plan.job.advice) == ("does not fit", ())
+
+
 def test_an_odd_number_of_experts_makes_ranks_that_hold_more_and_the_fullest_decides() -> None:
     plan = planned("v4flash-1node", "model.shape.experts=255")
     held = [rank.items[0].job for rank in plan.ranks]
@@ -170,6 +175,12 @@ def test_a_checkpoint_of_other_sizes_or_a_damaged_one_is_an_input_error(tmp_path
     other = load(CONFIGS / "tiny.yaml", ["model.shape.experts=8"])
     with pytest.raises(InputError, match=r"sizes are .*the model file says"):
         plan_memory(other, tmp_path / "model")
+    index = tmp_path / "model" / INDEX
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["layers.3.ffn.experts.7.w2.scale"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match=r"model: no tensor layers\.3\.ffn\.experts\.7\.w2\.scale, expected F8_E8M0"):
+        plan_memory(config, tmp_path / "model")
     (tmp_path / "model" / CONFIG).write_text("{}")
     with pytest.raises(InputError, match=r"config\.json: model_type is None"):
         plan_memory(config, tmp_path / "model")
