@@ -1,6 +1,6 @@
 """What a checkpoint folder holds, from its JSON files and the headers of its safetensors files. Needs no torch.
 
-Whatever the files say, nothing worse comes of it than a `CheckpointError`: no more memory than a small multiple of the
+Whatever the files say, nothing worse comes of it than a `CheckpointError`: no more memory than some 25 times the
 largest header that is allowed, and no more time than reading it.
 """
 
