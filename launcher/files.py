@@ -1,8 +1,16 @@
-"""Writing files so that a reader, or a crash, never sees half of one."""
+"""Files: whether one is there, and writing them so that a reader, or a crash, never sees half of one."""
 
 import os
 from pathlib import Path
 from typing import Never
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file that this user may look at. Unlike `Path.is_file` it never raises."""
+    try:
+        return path.is_file()
+    except OSError:  # a folder without permission, a name that is too long
+        return False
 
 
 def write_atomically(path: Path, text: str) -> None:

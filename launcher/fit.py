@@ -150,12 +150,27 @@ def _changes(config: Config, attention: AttentionShape | None, scope: Scope) -> 
         contexts = [config.memory.context >> n for n in range(1, 24) if config.memory.context >> n >= SHORTEST]
         yield {f"memory.context={n}": {"memory": {"context": n}} for n in contexts}
     wider = [ep for ep in range(topology.ep + 1, topology.tp + 1) if topology.tp % ep == 0 and ep <= experts]
-    yield {f"topology.ep={ep}": {"topology": {"ep": ep, "expert_tp": 1}} for ep in wider}
-    nodes = {n: n * topology.ranks_per_node for n in range(1, MOST_NODES + 1)}
+    yield {f"topology.{_told(keys)}": {"topology": keys} for ep in wider for keys in [_spread(config, {"ep": ep})]}
+    if config.cluster.scheduler == "local":
+        return  # there is but this machine
+    nodes = {n: n * topology.ranks_per_node for n in range(topology.nodes + 1, MOST_NODES + 1)}
     yield {
-        f"{n} nodes (topology.nodes={n}, tp={ranks}, ep={ranks})": {
-            "topology": {"nodes": n, "tp": ranks, "ep": ranks, "expert_tp": 1, "shared_expert": "replicated"}
-        }
+        f"{n} nodes (topology.{_told(keys)})": {"topology": keys}
         for n, ranks in nodes.items()
-        if n > topology.nodes and ranks <= experts and (attention is None or attention.heads % ranks == 0)
+        if ranks <= experts and (attention is None or attention.heads % ranks == 0)
+        for keys in [_spread(config, {"nodes": n, "tp": ranks, "ep": ranks})]
     }
+
+
+def _spread(config: Config, keys: dict[str, int]) -> dict[str, object]:
+    """The keys of a larger `ep`, with those that must change beside it."""
+    topology, sizes = config.topology, config.model.sizes
+    whole_blocks = sizes.shared_experts * sizes.intermediate % (FP8_BLOCK * keys["ep"]) == 0
+    more: dict[str, object] = {"expert_tp": 1} if topology.expert_tp > 1 else {}
+    if topology.shared_expert == "sharded" and not whole_blocks:
+        more["shared_expert"] = "replicated"
+    return keys | more
+
+
+def _told(keys: Mapping[str, object]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in keys.items())

@@ -7,11 +7,12 @@ from typing import Literal
 
 from launcher.config import layer_numbers
 from launcher.errors import InputError
+from launcher.files import is_file
 from launcher.schema import Config
 from launcher.topology import RankPlace, rank_places
 from launcher.units import GB
 from moe_ep.attention import INDEXED_RATIO, AttentionShape
-from moe_ep.headers import CONFIG, CheckpointError, read_headers
+from moe_ep.headers import CONFIG, CheckpointError, CheckpointHeaders, checked, read_headers
 from moe_ep.ranges import READ_BYTES
 from moe_ep.shape import ModelShape
 from moe_ep.tensors import TensorSpec, model_specs, moe_specs
@@ -93,22 +94,33 @@ def tensors_of(
     Raises
     ------
     InputError
-        If the checkpoint is there but damaged, or its sizes are not the model file's.
+        If the checkpoint is there but damaged or incomplete, or its sizes are not the model file's.
     """
     shape, attention = config.model.sizes, config.model.attention_sizes
-    if checkpoint is not None and (checkpoint / CONFIG).is_file():
+    if checkpoint is not None and is_file(checkpoint / CONFIG):
         try:
             headers = read_headers(checkpoint)
         except CheckpointError as error:
             raise InputError(f"model.checkpoint: {error}") from None
         if headers.shape != shape:
             raise InputError(f"model.checkpoint: {checkpoint}: sizes are {headers.shape}, the model file says {shape}")
+        _check_complete(config, headers)
         found = ((info.name, info.spec) for info in headers.tensors.values())
         return found, headers.attention or attention, f"headers of {checkpoint}"
     if attention is not None:
         return model_specs(shape, attention), attention, "the model file's sizes"
     specs = (item for layer in shape.all_layers for item in moe_specs(shape, layer).items())
     return specs, None, "the model file's sizes, which do not give attention's: only the MoE part is planned"
+
+
+def _check_complete(config: Config, headers: CheckpointHeaders) -> None:
+    """Raise `InputError` for a tensor that the ranks would miss, or find otherwise, once the job has started."""
+    try:
+        for layer in layer_numbers(config):
+            for name, spec in moe_specs(headers.shape, layer).items():
+                checked(headers.path, headers.tensors, name, spec)
+    except CheckpointError as error:
+        raise InputError(f"model.checkpoint: {error}") from None
 
 
 def weigh(specs: Iterable[tuple[str, TensorSpec]], shape: ModelShape) -> Weights:

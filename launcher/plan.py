@@ -15,7 +15,7 @@ from jobs.events import EVENTS
 from jobs.request import ProbeRequest
 from launcher.config import layer_numbers, parity_layers, unresolved
 from launcher.errors import InputError
-from launcher.files import write_atomically
+from launcher.files import is_file, write_atomically
 from launcher.schema import Config
 from launcher.topology import RankPlace, rank_places
 from moe_ep.shape import PRESHARD_MANIFEST
@@ -179,14 +179,14 @@ def problems_on_site(plan: Plan) -> list[str]:
         return problems
     key = f"model.checkpoint: {plan.checkpoint}"
     needed = [Path(plan.checkpoint) / name for name in ("config.json", "model.safetensors.index.json")]
-    return [f"{key}: no file {path}; expected a DeepSeek-V4 checkpoint" for path in needed if not path.is_file()]
+    return [f"{key}: no file {path}; expected a DeepSeek-V4 checkpoint" for path in needed if not is_file(path)]
 
 
 def _preshard_problems(folder: str, kind: str) -> list[str]:
     manifest, key = Path(folder) / PRESHARD_MANIFEST, f"model.presharded: {folder}"
-    if kind == "preshard" and manifest.exists():
+    if kind == "preshard" and is_file(manifest):
         return [f"{key}: {manifest} exists; a pre-sharded folder is not overwritten, remove it first"]
-    if kind == "probe" and not manifest.is_file():
+    if kind == "probe" and not is_file(manifest):
         return [f"{key}: no file {manifest}: not pre-sharded, or not to its end; submit with --set job.kind=preshard"]
     return []
 

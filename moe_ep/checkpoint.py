@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_ep.headers import CheckpointError, CheckpointHeaders, FileStamp, TensorInfo, read_headers
+from moe_ep.headers import CheckpointError, CheckpointHeaders, FileStamp, TensorInfo, checked, read_headers
 from moe_ep.ranges import Piece, plan_reads
 from moe_ep.reading import fetch
 from moe_ep.shape import ModelShape
@@ -82,16 +82,6 @@ class Checkpoint:
         if "tid2eid" in gate:
             check_table(gate["tid2eid"], self.shape, self.tensors[f"{prefix}.tid2eid"])
         return gate
-
-
-def checked(path: Path, tensors: Mapping[str, TensorInfo], name: str, expected: TensorSpec) -> TensorInfo:
-    """The header of a tensor that must be there as `expected`, else `CheckpointError`, which names tensor and file."""
-    found = tensors.get(name)
-    if found is None:
-        raise CheckpointError(f"{path}: no tensor {name}, expected {expected}")
-    if found.spec != expected:
-        raise CheckpointError(f"{found.file}: {name} is {found.spec}, expected {expected}")
-    return found
 
 
 def check_table(table: Tensor, shape: ModelShape, info: TensorInfo) -> None:

@@ -1,6 +1,6 @@
 """What a checkpoint folder holds, from its JSON files and the headers of its safetensors files. Needs no torch.
 
-Whatever the files say, nothing worse comes of it than a `CheckpointError`: no more memory than a small multiple of the
+Whatever the files say, nothing worse comes of it than a `CheckpointError`: no more memory than some 25 times the
 largest header that is allowed, and no more time than reading it.
 """
 
@@ -25,7 +25,7 @@ MOST_HEADER_BYTES = 100_000_000
 """What safetensors itself allows."""
 MOST_JSON_BYTES = 200_000_000
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
-_MOST_DIMENSIONS = 16
+_MOST_DIMENSIONS, _LONGEST_NAME = 16, 1000
 _LENGTH = struct.Struct("<Q")
 
 
@@ -112,7 +112,28 @@ def read_headers(path: Path) -> CheckpointHeaders:
         )
     # A name may stand in several files: the index says which one counts.
     tensors = {name: headers[file].tensors[name] for name, file in weight_map.items()}
+    _check_experts(tensors)
     return CheckpointHeaders(path, shape, attention, tensors, {h.file: h.stamp for h in headers.values()})
+
+
+def _check_experts(tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise `CheckpointError` for routed experts in fp8, which config.json need not tell, before a job starts."""
+    for name, info in tensors.items():
+        if ".ffn.experts." in name and name.endswith(".weight") and info.spec.dtype.startswith("F8_"):
+            raise CheckpointError(
+                f"{info.file}: {name} is {info.spec}: routed experts in fp8, as in the -Base checkpoints; "
+                "expected mxfp4 (I8, two codes a byte)"
+            )
+
+
+def checked(path: Path, tensors: Mapping[str, TensorInfo], name: str, expected: TensorSpec) -> TensorInfo:
+    """The header of a tensor that must be there as `expected`, else `CheckpointError`, which names tensor and file."""
+    found = tensors.get(name)
+    if found is None:
+        raise CheckpointError(f"{path}: no tensor {name}, expected {expected}")
+    if found.spec != expected:
+        raise CheckpointError(f"{found.file}: {name} is {found.spec}, expected {expected}")
+    return found
 
 
 def fingerprint(headers: CheckpointHeaders) -> str:
@@ -206,6 +227,9 @@ def _parse(file: Path, stamp: FileStamp, text: bytes, begin: int) -> Header:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise _damaged(file, "its __metadata__ is not an object")
+    long = next((name for name in header if len(name) > _LONGEST_NAME), None)
+    if long is not None:
+        raise _damaged(file, f"a tensor's name has {len(long)} characters: {long[:80]}…")
     tensors = {name: _tensor(file, name, entry, begin, stamp.size) for name, entry in header.items()}
     previous: TensorInfo | None = None
     for info in sorted(tensors.values(), key=lambda i: (i.offset, i.nbytes)):
@@ -268,6 +292,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _loads(file: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
+        "".join(found).encode()  # half a surrogate pair, escaped, is no text: UnicodeEncodeError
         if len(found) < len(pairs):
             seen: set[str] = set()
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]

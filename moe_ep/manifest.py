@@ -20,7 +20,7 @@ from moe_ep.placement import Slice
 from moe_ep.shape import KERNEL_GROUP
 from moe_ep.shape import PRESHARD_MANIFEST as MANIFEST
 
-FORMAT = 1
+FORMAT = 2
 """Raised when files of this form are laid out otherwise."""
 
 
@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
         fields = json.loads((folder / MANIFEST).read_text())
         if fields["format"] != FORMAT:
             raise CheckpointError(f"{folder / MANIFEST}: format {fields['format']}, this version reads {FORMAT}")
-        fields["layers"] = tuple(fields["layers"])
+        fields["layers"] = tuple(map(int, fields["layers"]))
         fields["experts"] = tuple((start, stop) for start, stop in fields["experts"])
         return Manifest(**fields)
     except CheckpointError:
@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder / MANIFEST}: no such file: the folder was not pre-sharded, or not to its end; "
             "run the config with job.kind=preshard"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: damaged: {type(error).__name__}: {error}") from None
 
 

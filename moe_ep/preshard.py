@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moe_ep.backends.base import MoEBackend
-from moe_ep.checkpoint import DTYPES, Checkpoint, checked, host_bytes
+from moe_ep.checkpoint import DTYPES, Checkpoint, host_bytes
 from moe_ep.comm import Alone, Combine
-from moe_ep.headers import CheckpointError, TensorInfo, encode_header, read_header
+from moe_ep.headers import CheckpointError, TensorInfo, checked, encode_header, read_header
 from moe_ep.layer import MoELayer, RoutedExperts, SharedExpert
 from moe_ep.loading import USUAL, Reading, load_layers
 from moe_ep.manifest import Manifest
@@ -60,7 +60,7 @@ def write_rank(
         folder.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as out:
             layers = _layers(checkpoint, backends, shared, device, reading, on_progress)
-            _write(out.fileno(), manifest, layers)
+            _write(out.fileno(), manifest, place, layers)
             os.fsync(out.fileno())
         unfinished.replace(file)
     except OSError as error:
@@ -93,6 +93,10 @@ def load_rank(
     header = read_header(folder / manifest.files[place])
     if header.metadata.get("manifest") != manifest.digest:
         raise CheckpointError(f"{header.file}: was not written with {folder / MANIFEST}; pre-shard anew")
+    if (written := header.metadata.get("place")) != str(place):
+        raise CheckpointError(
+            f"{header.file}: holds what place {written} of the group reads, expected place {place}: exchanged files"
+        )
     shape = ModelShape(**manifest.shape)
     layers: dict[int, MoELayer] = {}
     pieces: list[Piece] = []
@@ -193,7 +197,7 @@ def _layers(
         )
 
 
-def _write(descriptor: int, manifest: Manifest, layers: Iterator[tuple[int, MoELayer]]) -> None:
+def _write(descriptor: int, manifest: Manifest, place: int, layers: Iterator[tuple[int, MoELayer]]) -> None:
     room = 2 * _ALIGNMENT + len(manifest.layers) * 12 * _HEADER_BYTES_A_TENSOR
     begin = -(-room // _ALIGNMENT) * _ALIGNMENT
     specs: dict[str, TensorSpec] = {}
@@ -203,7 +207,8 @@ def _write(descriptor: int, manifest: Manifest, layers: Iterator[tuple[int, MoEL
             data = host_bytes(tensor.detach().cpu().contiguous())
             specs[f"{number}.{name}"] = TensorSpec(_NAMES[tensor.dtype], tuple(tensor.shape))
             position = _put(descriptor, data, position)
-    _put(descriptor, memoryview(encode_header(specs, {"manifest": manifest.digest}, length=begin)), 0)
+    metadata = {"manifest": manifest.digest, "place": str(place)}
+    _put(descriptor, memoryview(encode_header(specs, metadata, length=begin)), 0)
 
 
 def _tensors(layer: MoELayer) -> Iterator[tuple[str, Tensor]]:

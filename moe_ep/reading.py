@@ -8,10 +8,10 @@ price of a copy from aligned memory.
 
 import mmap
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,9 @@ PROGRESS_S = 1.0
 """How often progress is told."""
 ALIGNMENT = 4096
 """Of offsets, lengths and memory under O_DIRECT: no disk's logical block is larger."""
+
+_GRACE_S = 10.0
+"""For how long the other threads' last reads are waited for when one has failed."""
 
 Allocate = Callable[[int], memoryview]
 
@@ -80,43 +83,86 @@ def fetch(
         If for `stall_s` seconds no byte has arrived.
     """
     total, started = sum(read.wanted for read in reads), time.monotonic()
-    with _Files(stamps, direct) as files:
-        worker = _Worker(files, direct, allocate)
-        pool = ThreadPoolExecutor(max(1, min(threads, len(reads))), thread_name_prefix="fetch")
-        try:
-            for done in _as_they_come(pool, worker, reads, stall_s):
-                on_progress(Progress(done, total, time.monotonic() - started))
-            files.check_unchanged()
-        finally:
-            worker.stop.set()
-            # A thread that hangs in a system call cannot be ended, and must not be waited for.
-            pool.shutdown(wait=not worker.stalled, cancel_futures=True)
+    files = _Files(stamps, direct)
+    worker = _Worker(files, direct, allocate)
+    pool = _Pool(worker, reads, threads)
+    try:
+        for done in _as_they_come(pool, worker, stall_s):
+            on_progress(Progress(done, total, time.monotonic() - started))
+        files.check_unchanged()
+    finally:
+        worker.stop.set()
+        if pool.ended(within_s=0 if worker.stalled else _GRACE_S):
+            files.close()
     return worker.bytes_read
 
 
-def _as_they_come(
-    pool: ThreadPoolExecutor, worker: "_Worker", reads: Sequence[Read], stall_s: float | None
-) -> Iterator[int]:
+def _as_they_come(pool: "_Pool", worker: "_Worker", stall_s: float | None) -> Iterator[int]:
     """Wanted bytes that have arrived, about once a second and at the end."""
-    running: dict[Future[None], Read] = {pool.submit(worker, read): read for read in reads}
     done, told, moved, seen = 0, time.monotonic(), time.monotonic(), -1
-    while running:
-        finished, _ = wait(running, timeout=PROGRESS_S, return_when=FIRST_COMPLETED)
-        for future in finished:
-            read = running.pop(future)
-            future.result()
-            done += read.wanted
+    while pool.running:
+        done += pool.next_wanted(PROGRESS_S)
         now = time.monotonic()
         if worker.bytes_read != seen:
             seen, moved = worker.bytes_read, now
         if stall_s is not None and now - moved > stall_s:
             worker.stalled = True
-            waiting = sorted({str(read.file) for read in running.values()})[:3]
+            waiting = sorted({str(read.file) for read in pool.running.values()})[:3]
             raise StalledError(f"no byte has arrived for {now - moved:.0f} s; waiting for {', '.join(waiting)}")
         if now - told >= PROGRESS_S:
             told = now
             yield done
     yield done
+
+
+class _Pool:
+    """Threads that do the reads in order.
+
+    Daemons, unlike those of concurrent.futures: one that hangs in a system call cannot be ended, and must not keep the
+    process, and with it the nodes of the job, from ending.
+    """
+
+    def __init__(self, worker: "_Worker", reads: Sequence[Read], threads: int) -> None:
+        self.running = dict(enumerate(reads))
+        self._worker = worker
+        self._todo: queue.SimpleQueue[tuple[int, Read]] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
+        for numbered in self.running.items():
+            self._todo.put(numbered)
+        count = min(max(1, threads), len(reads))
+        self._threads = [threading.Thread(target=self._work, name=f"fetch-{n}", daemon=True) for n in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def next_wanted(self, timeout_s: float) -> int:
+        """Wanted bytes of the next read that ends; 0 if none does in that time. Raises what the read raised."""
+        try:
+            number, error = self._done.get(timeout=timeout_s)
+        except queue.Empty:
+            return 0
+        if error is not None:
+            raise error
+        return self.running.pop(number).wanted
+
+    def ended(self, *, within_s: float) -> bool:
+        """Whether all threads have, after that time at the latest."""
+        deadline = time.monotonic() + within_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                number, read = self._todo.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                self._worker(read)
+            except BaseException as error:
+                self._done.put((number, error))
+                return
+            self._done.put((number, None))
 
 
 class _Files:
@@ -127,10 +173,7 @@ class _Files:
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> "_Files":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for descriptor in self._open.values():
             os.close(descriptor)
 

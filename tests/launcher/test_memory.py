@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +15,9 @@ from launcher.config import load
 from launcher.errors import InputError
 from launcher.fit import MemoryPlan, plan_memory
 from launcher.memory import RankMemory, kv_bytes
+from launcher.plan import make_plan, problems_on_site
 from launcher.show_memory import describe
-from moe_ep.headers import CONFIG
+from moe_ep.headers import CONFIG, INDEX
 from moe_ep.synthetic import write_checkpoint
 from tests.checkout import CONFIGS, ROOT, importable
 
@@ -99,6 +102,28 @@ def test_advice_names_slicing_and_sharding_where_they_suffice() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("v4pro-2node", ()),
+        ("repro-1node-ep4", ("topology.shared_expert=sharded",)),
+        ("v4pro-2node", ("topology={nodes: 2, ranks_per_node: 4, tp: 8, ep: 1, expert_tp: 4}",)),
+    ],
+    ids=["slices that more ranks would cut below fp8 blocks", "sharded on one node", "slices of experts"],
+)
+def test_advice_names_every_key_that_must_change_with_it(name: str, overrides: tuple[str, ...]) -> None:
+    advice = planned(name, *overrides).job.advice
+    assert advice
+    for text in advice:
+        section = ""
+        changes = []
+        for given, key, value in re.findall(r"(?:(\w+)\.)?(\w+)=(\w+)", text):
+            section = given or section
+            changes.append(f"{section}.{key}={value}")
+        state = planned(name, *overrides, *changes).job.state
+        assert state == ("tight" if text.endswith("(tight)") else "fits"), text
+
+
+@pytest.mark.parametrize(
     ("model", "kind", "per_token", "window"),
     [
         ("v4flash-1node", "fp8", 3850, 3.2e6),
@@ -116,6 +141,11 @@ def test_the_cache_takes_the_published_bytes(model: str, kind: str, per_token: i
     assert (large - small) / (1 << 19) == pytest.approx(per_token, abs=1)
     if window is not None:
         assert 2 * small - large == pytest.approx(window, rel=0.02)
+
+
+def test_a_machine_of_its_own_is_not_told_to_use_more_nodes() -> None:
+    plan = planned("tiny", "cluster.device_memory_gb=0.001")
+    assert (plan.job.state, plan.job.advice) == ("does not fit", ())
 
 
 def test_an_odd_number_of_experts_makes_ranks_that_hold_more_and_the_fullest_decides() -> None:
@@ -145,9 +175,32 @@ def test_a_checkpoint_of_other_sizes_or_a_damaged_one_is_an_input_error(tmp_path
     other = load(CONFIGS / "tiny.yaml", ["model.shape.experts=8"])
     with pytest.raises(InputError, match=r"sizes are .*the model file says"):
         plan_memory(other, tmp_path / "model")
+    index = tmp_path / "model" / INDEX
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["layers.3.ffn.experts.7.w2.scale"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InputError, match=r"model: no tensor layers\.3\.ffn\.experts\.7\.w2\.scale, expected F8_E8M0"):
+        plan_memory(config, tmp_path / "model")
     (tmp_path / "model" / CONFIG).write_text("{}")
     with pytest.raises(InputError, match=r"config\.json: model_type is None"):
         plan_memory(config, tmp_path / "model")
+
+
+def test_a_checkpoint_that_may_not_be_looked_at_from_here_is_planned_from_the_model_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at = os.stat
+
+    def denied(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(path).startswith("/secret/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return looked_at(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", denied)
+    config = load(CONFIGS / "v4flash-1node.yaml", ["model.checkpoint=/secret/flash"], {"SCRATCH": "/scratch/user"})
+    assert plan_memory(config, Path("/secret/flash")).source == "the model file's sizes"
+    problems = problems_on_site(make_plan(config, "run"))
+    assert problems[0].startswith("model.checkpoint: /secret/flash: no file /secret/flash/config.json")
 
 
 def launcher(cwd: Path, *args: str) -> "subprocess.CompletedProcess[str]":

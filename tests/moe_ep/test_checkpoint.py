@@ -199,9 +199,21 @@ def test_two_writers_of_one_checkpoint_leave_one_that_is_whole(path: Path, tmp_p
     assert {p.name for p in tmp_path.iterdir()} == {"model", "shared"}, "no unfinished copy is left"
 
 
-def test_fp8_experts_of_a_base_checkpoint_are_refused_by_dtype(path: Path) -> None:
+def test_fp8_experts_of_a_base_checkpoint_are_refused_on_opening_though_config_json_does_not_say_so(path: Path) -> None:
     rewrite(path, SHARD, **{W1: torch.zeros(32, 64, dtype=torch.float8_e4m3fn)})
-    with pytest.raises(CheckpointError, match=rf"{W1} is F8_E4M3 \[32, 64\], expected I8 \[32, 32\]"):
+    config = json.loads((path / ckpt.CONFIG).read_text())
+    del config["expert_dtype"]
+    (path / ckpt.CONFIG).write_text(json.dumps(config))
+    message = (
+        rf"{SHARD}: {W1} is F8_E4M3 \[32, 64\]: routed experts in fp8, as in the -Base checkpoints; expected mxfp4"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(path)
+
+
+def test_experts_of_another_dtype_are_refused_by_it(path: Path) -> None:
+    rewrite(path, SHARD, **{W1: torch.zeros(32, 32, dtype=torch.uint8)})
+    with pytest.raises(CheckpointError, match=rf"{W1} is U8 \[32, 32\], expected I8 \[32, 32\]"):
         Checkpoint.open(path).read_expert(1, 2)
 
 

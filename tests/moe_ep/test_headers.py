@@ -47,6 +47,8 @@ def written(path: Path, header: object, data: int = 64, *, length: int | None = 
         (b'{"a": {"dtype": "I8"}, "a": {"dtype": "I8"}}', "a stands there twice"),
         (b'{"a": ' + b"[" * 100_000, "not a safetensors file: RecursionError"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "not a safetensors file: ValueError"),
+        (b'{"\\ud800": {"dtype": "I8"}}', "not a safetensors file: UnicodeEncodeError"),
+        ({"a" * 2000: ENTRY}, r"a tensor's name has 2000 characters: a{80}…$"),
         (b"\xff\xfe{}", "not a safetensors file: UnicodeDecodeError"),
     ],
 )

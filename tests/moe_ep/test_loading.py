@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -238,8 +238,13 @@ def test_a_pre_sharding_that_did_not_end_or_is_damaged_is_refused(whole: Path, t
     with pytest.raises(CheckpointError, match=r"manifest\.json: damaged: KeyError"):
         manifests.read_manifest(folder)
     (folder / MANIFEST).write_text('{"format": 99}')
-    with pytest.raises(CheckpointError, match=r"manifest\.json: format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json: format 99, this version reads 2"):
         manifests.read_manifest(folder)
+    whole_text = json.dumps(asdict(manifest))
+    for text in (whole_text.replace('"layers": [0', '"layers": [[0]'), "[" * 100_000):
+        (folder / MANIFEST).write_text(text)
+        with pytest.raises(CheckpointError, match=r"manifest\.json: damaged: (Type|Recursion)Error"):
+            manifests.read_manifest(folder)
     (folder / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="was not pre-sharded, or not to its end"):
         manifests.read_manifest(folder)
@@ -247,7 +252,12 @@ def test_a_pre_sharding_that_did_not_end_or_is_damaged_is_refused(whole: Path, t
     backends = {n: select_backend(s, Mxfp4Config(), arch="cpu", impl="reference") for n, s in specs.items()}
     with pytest.raises(CheckpointError, match=r"rank-00000-of-00002\.safetensors: was not written with"):
         preshard.load_rank(folder, replace(manifest, source="x"), 0, backends, Alone(), CPU)
-    file = folder / manifest.files[0]
+    file, other = (folder / name for name in manifest.files)
+    mine = file.read_bytes()
+    file.write_bytes(other.read_bytes())
+    with pytest.raises(CheckpointError, match=r"rank-00000-.*holds what place 1 of the group reads, expected place 0"):
+        preshard.load_rank(folder, manifest, 0, backends, Alone(), CPU)
+    file.write_bytes(mine)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="truncated"):
         preshard.load_rank(folder, manifest, 0, backends, Alone(), CPU)

@@ -1,6 +1,8 @@
 """Byte ranges: each wanted byte is read once, into its place, whatever the disk does."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -224,6 +226,27 @@ def test_a_storage_that_stands_still_is_an_error_that_names_the_file(
         assert time.monotonic() - started < 10
     finally:
         hanging.set()
+
+
+HANGING = """
+import os, sys, time
+from pathlib import Path
+from moe_ep.headers import FileStamp
+from moe_ep.ranges import Piece, plan_reads
+from moe_ep.reading import fetch
+file = Path(sys.argv[1])
+with file.open("rb") as opened:
+    stamps = {file: FileStamp.of(opened.fileno())}
+os.preadv = lambda *_: time.sleep(600)
+fetch(plan_reads([Piece("t", file, 0, 100, memoryview(bytearray(100)))]), stamps, stall_s=0.2)
+"""
+
+
+def test_a_process_whose_read_hangs_ends_all_the_same(file: Path) -> None:
+    command = [sys.executable, "-c", HANGING, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "StalledError: no byte has arrived" in done.stderr
 
 
 def test_progress_ends_with_all_bytes_and_says_rate_and_time_left(file: Path) -> None:
