@@ -44,7 +44,9 @@ def start(
     plan = planning.make_plan(
         configuration.load(config, overrides), planning.new_run_id(datetime.now(UTC)), ["launcher", *sys.argv[1:]]
     )
-    problems = planning.problems_on_site(plan) + ([] if force else [f"{text}; --force submits it" for text in too_large(plan)])
+    problems = planning.problems_on_site(plan) + (
+        [] if force else [f"{text}; --force submits it" for text in too_large(plan)]
+    )
     if dry_run:
         show.dry_run(plan, problems, out, as_json=as_json)
         return WELL
