@@ -116,12 +116,15 @@ def markdown(report: dict[str, Any]) -> str:
     if report["memory"]:
         lines += ["## Memory, bytes", ""]
         lines += _markdown_table(("rank", "planned", "held", "peak", "process"), memory_rows(report))
-        lines += ["planned: " + ", ".join(f"{item} {n:,}" for item, n in report["memory"][0]["planned"].items()), ""]
+        lines += [*_planned_lines(report), ""]
     if report["expert_load"]:
         lines += [f"## Expert load of {report['expert_load']['tokens']} seeded random tokens", ""]
         lines += _markdown_table(LOAD_HEADS, load_rows(report))
+        counts = report["expert_load"]["by_layer"].items()
+        lines += ["Routes by expert, from expert 0 on:", ""]
+        lines += [*_fenced([f"layer {layer}: {' '.join(map(str, routes))}" for layer, routes in counts]), ""]
     lines += ["## Ranks", ""]
-    heads = ("rank", "host", "device", "EP group", "experts", "stages, s")
+    heads = ("rank", "host", "device", "EP group", "experts", "stages: seconds, and when begun")
     lines += _markdown_table(heads, [_rank_row(r) for r in report["ranks"]])
     if moving_rows(report):
         lines += ["## Load and communication", "", *_markdown_table(("", ""), moving_rows(report))]
@@ -264,10 +267,27 @@ def variables(rank: dict[str, Any]) -> dict[str, str]:
 
 
 def _rank_row(rank: dict[str, Any]) -> list[str]:
-    stages = ", ".join(f"{n} {s['seconds'] if s['seconds'] is not None else '…'}" for n, s in rank["stages"].items())
+    stages = ", ".join(_stage(name, stage) for name, stage in rank["stages"].items())
     experts = f"{rank['experts'][0]}–{rank['experts'][1] - 1}"
     device = rank["environment"].get("device_name", "")
     return [str(rank["rank"]), rank["host"] or "", device, str(rank["ep_group"]), experts, stages]
+
+
+def _stage(name: str, stage: dict[str, Any]) -> str:
+    seconds = "…" if stage["seconds"] is None else stage["seconds"]
+    return f"{name} {seconds}" + ("" if stage["begun_s"] is None else f" from {stage['begun_s']}")
+
+
+def _planned_lines(report: dict[str, Any]) -> list[str]:
+    """What was planned, by item: a line for all ranks of which it is the same."""
+    ranks: dict[str, list[int]] = {}
+    for line in report["memory"]:
+        text = ", ".join(f"{item} {count:,}" for item, count in line["planned"].items())
+        ranks.setdefault(text, []).append(line["rank"])
+    return [
+        f"- planned for rank{'s'[: len(alike) > 1]} {', '.join(map(str, alike))}: {text}"
+        for text, alike in ranks.items()
+    ]
 
 
 def versions(report: dict[str, Any]) -> dict[str, str]:

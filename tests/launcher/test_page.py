@@ -125,6 +125,13 @@ def test_markdown_has_the_same_facts(tmp_path: Path) -> None:
         assert f"| {line['measured_total']:,} | {line['device_peak']:,} |" in text
     for layer, balance in result["expert_load"]["balance"].items():
         assert f"| {layer} | {balance:.2f} |" in text
+    for layer, routes in result["expert_load"]["by_layer"].items():
+        assert f"layer {layer}: {' '.join(map(str, routes))}\n" in text
+    for line in result["memory"]:
+        assert all(f"{item} {count:,}" in text for item, count in line["planned"].items())
+    for rank in result["ranks"]:
+        for name, stage in rank["stages"].items():
+            assert f"{name} {stage['seconds']} from {stage['begun_s']}" in text
     for word in (
         "gluon_kernel",
         "3.00e-03 ≤ 0.02",
