@@ -164,18 +164,18 @@ def test_a_rank_that_raises_ends_the_run_within_seconds_and_is_named_first(tmp_p
     plan = make_plan(load(TINY, [f"model.synthetic.folder={tmp_path}/made"]), "id")
     made = Path(plan.checkpoint)
     write_checkpoint(made, plan.config.model.sizes)
-    index = made / "model.safetensors.index.json"
-    listed = json.loads(index.read_text())
-    shard = made / listed["weight_map"]["layers.3.ffn.experts.9.w2.weight"]
-    shard.write_bytes(shard.read_bytes().replace(b"experts.9.w2.weight", b"experts.9.wX.weight"))
-    listed["weight_map"] = {k: v for k, v in listed["weight_map"].items() if "layers.3.ffn.experts.9.w2.w" not in k}
-    index.write_text(json.dumps(listed))
+    damaged = "layers.3.ffn.experts.9.w2.scale"
+    shard = made / json.loads((made / "model.safetensors.index.json").read_text())["weight_map"][damaged]
+    data = bytearray(shard.read_bytes())
+    header = int.from_bytes(data[:8], "little")
+    data[8 + header + json.loads(data[8 : 8 + header])[damaged]["data_offsets"][0]] = 255  # a scale that is NaN
+    shard.write_bytes(data)
     done = run(tmp_path, "--set", f"model.synthetic.folder={tmp_path}/made")
     assert done.returncode == 1
     report = read_report(tmp_path)
     failure = report["failure"]
     assert (failure["rank"], failure["stage"], failure["error_type"]) == (2, "weights", "CheckpointError")
-    assert "no tensor layers.3.ffn.experts.9.w2.weight" in failure["error"]
+    assert damaged in failure["error"]
     assert any("CheckpointError" in line for line in failure["log_tail"])
     assert "rank 2, stage weights" in done.stdout
     assert seconds_from_failure_to_end(tmp_path) < 15
