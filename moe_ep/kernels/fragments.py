@@ -68,7 +68,6 @@ _FIELD_PTX = gl.constexpr(
 @gluon.jit
 def decode(words, CDNA: gl.constexpr):
     """uint16 words → the four blocks bf16 of the same shape: value · 2^-126."""
-    blocks: gl.constexpr = (gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16)
     # The mask comes as an operand since the instruction that takes it has no room for a literal on CDNA; it lies in a
     # scalar register.
     mask = gl.full(words.shape, 0x00400040, gl.int32, layout=words.type.layout)
@@ -76,7 +75,7 @@ def decode(words, CDNA: gl.constexpr):
         _WORDS_GCN if CDNA else _WORDS_PTX,
         "=&v,=&v,=&v,=&v,v,s,s" if CDNA else "=r,=r,=r,=r,r,n,n",
         [words, mask],
-        dtype=blocks,
+        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
         is_pure=True,
         pack=2,
     )
