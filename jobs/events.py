@@ -49,7 +49,7 @@ class EventLog:
             "attempt": self.attempt,
             "stage": self._stage,
             "event": event,
-            "data": _finite(data),
+            "data": finite(data),
         } | ({"error": error} if error else {})
         with self._lock:
             os.write(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
@@ -70,10 +70,10 @@ class EventLog:
         self.write("end", seconds=round(time.monotonic() - started, 6), **data)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
+def finite(value: Any) -> Any:
+    """Any JSON value with null for NaN and infinity, which JSON has not."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value

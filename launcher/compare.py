@@ -1,11 +1,11 @@
 """A run against earlier ones: the gate of validity, then each metric against its baseline, then the verdict."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from jobs.events import finite
 from launcher.baseline import Judgement, judge
 from launcher.sample import GATES, Gate, Metric, Sample
 from launcher.schema import Compare
@@ -38,7 +38,7 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, where what is infinite (worse than a baseline of 0) is null."""
-        value: dict[str, Any] = _finite(asdict(self))
+        value: dict[str, Any] = finite(asdict(self))
         return value
 
     @classmethod
@@ -149,11 +149,3 @@ def _reason(judgement: Judgement) -> str:
 def _gate(value: dict[str, Any]) -> GateResult:
     judgements = tuple(Judgement(**(j | {"metric": Metric(**j["metric"])})) for j in value["judgements"])
     return GateResult(value["gate"], value["verdict"], tuple(value["reasons"]), judgements)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
