@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from jobs import host
+
 _PACKAGES = ("triton", "safetensors", "submitit", "numpy")
 _PREFIXES = (
     "HSA_",
@@ -85,10 +87,10 @@ def device_arch(device: torch.device) -> str:
 def free_memory(device: torch.device) -> int:
     """Bytes free on the device; on an APU the host's free memory bounds it too, since they are one."""
     if device.type != "cuda":
-        return host_available()
+        return host.available()
     free = torch.cuda.mem_get_info(device)[0]
     integrated = getattr(torch.cuda.get_device_properties(device), "is_integrated", False)
-    return min(free, host_available()) if integrated else free
+    return min(free, host.available()) if integrated else free
 
 
 def allocated(device: torch.device) -> int | None:
@@ -106,14 +108,6 @@ def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def host_available() -> int:
-    """MemAvailable of the host in bytes."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo: no MemAvailable")
 
 
 def resident() -> int:

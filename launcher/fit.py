@@ -1,10 +1,12 @@
 """Whether what ranks would hold fits, and what would."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jobs.host import available
 from launcher.memory import RankMemory, Scope, Weights, ranks_of, tensors_of, weigh
 from launcher.schema import Config
 from launcher.units import GB
@@ -88,20 +90,11 @@ def _capacity(config: Config) -> Capacity:
         how = f"{cluster.device_memory_gb:g} GB a device, shared with the host"
         return Capacity(min(device, node // ranks), node, how)
     if cluster.arch == "cpu" and cluster.scheduler == "local":
-        host = _available()
+        with suppress(OSError):  # else nobody says
+            host = available()
     if host is None or cluster.arch != "cpu":
         return Capacity(None, None, "cluster.device_memory_gb is not given")
     return Capacity(host // ranks, host, "the host's memory, shared by its ranks")
-
-
-def _available() -> int | None:
-    """Bytes that this machine could give."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0].split()[1]) * 1024 if found else None
 
 
 def _verdict(ranks: tuple[RankMemory, ...], capacity: Capacity, scope: Scope) -> Verdict:

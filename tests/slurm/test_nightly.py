@@ -130,10 +130,10 @@ def kill_a_nightly_once_it_has_submitted(lab: Lab, cwd: Path) -> None:
     before = len(list(runs.glob("*/submissions.json")))
     process = begun(lab, cwd)
     deadline = time.monotonic() + 60
-    while len(list(runs.glob("*/submissions.json"))) == before:
+    # The id is written once sbatch has answered.
+    while len([file for file in runs.glob("*/submissions.json") if '"job_id": ""' not in file.read_text()]) == before:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(1)  # sbatch has answered
     for pid in children(process.pid):
         os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=30)
