@@ -270,8 +270,8 @@ def is_preempted(b: Breaker) -> Broken:
     run = b.start("preempted", on=PREEMPTED).measured()
     urgent = ["sbatch", "-p", b.lab.spec.urgent, "-w", PREEMPTED, "--mem=500000", "-o", "/dev/null", "--wrap=sleep 1"]
     b.lab.ask(*urgent)
-    first = json.loads((run.folder / "events" / "rank-00000.jsonl").read_text().splitlines()[-1])
-    return run.broken(before=first)
+    told = (run.folder / "events" / "rank-00000.jsonl").read_text().splitlines()
+    return run.broken(before=json.loads(next(line for line in reversed(told) if '"latest"' in line)))
 
 
 def pends_for_ever(b: Breaker) -> Broken:

@@ -16,8 +16,8 @@ from launcher.processes import children
 from tests.checkout import importable
 from tests.slurm.conftest import CONFIG, Lab
 
-# Ranks that this folder's Python starts rest a second in every timed pass, so that passes take the same time on a
-# busy machine; and they are slower by the fraction that SLOWER says, of the whole pass.
+# Ranks that this folder's Python starts rest in every timed pass until a second and a half are over, so that passes take
+# the same time on a busy machine; and longer by the fraction that SLOWER says.
 STEADY = """
 import importlib.abc, importlib.util, os, sys, time
 
@@ -37,8 +37,8 @@ class Finder(importlib.abc.MetaPathFinder):
                 def whole():
                     started = time.perf_counter()
                     out = one_pass()
-                    time.sleep(1.0)
-                    time.sleep((time.perf_counter() - started) * float(os.environ.get("SLOWER", "0")))
+                    whole_s = 1.5 * (1 + float(os.environ.get("SLOWER", "0")))
+                    time.sleep(max(0.0, started + whole_s - time.perf_counter()))
                     return out
                 return timed(whole, device)
             module.timed = slower
