@@ -1,6 +1,5 @@
 """Routes sorted by local expert and cut into blocks, without a host synchronisation."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +10,11 @@ from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.plan import count_kernel, place_kernel
 
 _SHIFT_BLOCK = 4096  # elements of x a program
-_CHUNK = 256  # the most routes a program places at once
-_PAIRS = 4096  # the most pairs of a route and an expert that a program compares at once
+_CHUNK = 128  # the most routes a program places at once
+_PAIRS = 2**16  # the most pairs of a route and an expert that a program compares at once
 _WRITTEN = 64  # blocks a program
 _TILES = 256  # for more routes they grow, since each program adds up the counts of all
-_ALONE_TILES = 2  # up to these, counting them in every program is faster than one launch more
+_ALONE = 1024  # up to these routes, counting all in every program is faster than one launch more
 _WARPS = 8
 
 
@@ -69,7 +68,7 @@ def plan_parts(
     blocks = block_bound(tokens * top_k, local_experts, block_m)
     width = triton.next_power_of_2(local_experts)
     parts = {
-        "counts": ((triton.cdiv(tokens * top_k, math.prod(_tile(tokens * top_k, width))), width), torch.int32),
+        "counts": ((triton.cdiv(tokens * top_k, _tile(tokens * top_k, width)[0]), width), torch.int32),
         "route": ((tokens * top_k,), torch.int32),
         "block_expert": ((blocks,), torch.int32),
         "block_start": ((blocks,), torch.int32),
@@ -90,29 +89,35 @@ def planner(
     shifted = parts.get("shifted")
     shifts = 0 if shifted is None else triton.cdiv(shifted.numel(), _SHIFT_BLOCK)
     tiles, width = parts["counts"].shape
-    alone = tiles <= _ALONE_TILES
-    chunk, chunks = _tile(plan.route.numel(), width)
+    routes = plan.route.numel()
+    alone = routes <= _ALONE
+    tile, chunk = _tile(routes, width)
     options = {
         "LOCAL": local_experts,
         "HAS_MAP": mapped,
         "PDL": pdl,
         "BLOCK_L": width,
-        "BLOCK_R": chunk,
-        "CHUNKS": chunks,
+        "BLOCK_T": tile,
         "BLOCK_X": _SHIFT_BLOCK,
     }
     count = None if alone else BoundLaunch(count_kernel, tiles + shifts, options, warps=_WARPS, pdl=pdl)
     programs = tiles + triton.cdiv(plan.blocks, _WRITTEN) + (shifts if alone else 0)
-    place = {**options, "ALONE": alone, "BLOCK_M": block_m, "BLOCK_B": _WRITTEN}
+    own = {
+        "BLOCK_M": block_m,
+        "BLOCK_A": triton.next_power_of_2(max(routes, tile)) if alone else tile,
+        "BLOCK_R": chunk,
+        "BLOCK_B": _WRITTEN,
+    }
+    place = {**options, "ALONE": alone, **own}
     return Planner(
         plan, shifted, parts["counts"], count, BoundLaunch(place_kernel, programs, place, warps=_WARPS, pdl=pdl), known
     )
 
 
 def _tile(routes: int, width: int) -> tuple[int, int]:
-    """Routes that a program counts or places at once, beside `width` experts, and how often."""
+    """Routes of a program's tile, and of it those that are placed at once, beside `width` experts."""
     chunk = max(16, min(triton.next_power_of_2(routes), _CHUNK, _PAIRS // width))
-    return chunk, triton.next_power_of_2(triton.cdiv(routes, chunk * _TILES))
+    return chunk * triton.next_power_of_2(triton.cdiv(routes, chunk * _TILES)), chunk
 
 
 def block_bound(routes: int, local_experts: int, block_m: int) -> int:

@@ -18,7 +18,7 @@ from moe_ep.dispatch import Planner, plan_parts, planner
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.down import combine_kernel, down_kernel
 from moe_ep.kernels.gate_up import gate_up_kernel
-from moe_ep.kernels.launch import FALLBACK, Gemm, LaunchConfig, choose, choose_fp8, tile
+from moe_ep.kernels.launch import FALLBACK, Gemm, LaunchConfig, choose, choose_fp8, programs_at_once, tile
 from moe_ep.order import KernelOrder, order_in_place
 from moe_ep.rounding import Rounder, rounder, rounding_parts
 from moe_ep.spec import ActivationDtype, MoELayerSpec
@@ -326,7 +326,6 @@ def _gemms(shape: _Shape, config: LaunchConfig, blocks: int) -> tuple[BoundLaunc
         )
     gate_up |= {"PDL": shape.target.pdl, "STAGES": config.gate_up.stages}
     down |= {"PDL": shape.target.pdl, "STAGES": config.down.stages}
-    most = shape.target.processors if config.kernel == "warpgroup" else None
     # Gluon is imported only where it runs: the interpreter has none, and only some devices have these kernels.
     if config.kernel == "stream":
         from moe_ep.kernels.stream import down_stream as down_gluon
@@ -338,12 +337,26 @@ def _gemms(shape: _Shape, config: LaunchConfig, blocks: int) -> tuple[BoundLaunc
         from moe_ep.kernels.warpgroup import down_warpgroup as down_gluon
         from moe_ep.kernels.warpgroup import gate_up_warpgroup as gate_up_gluon
 
-        gate_up |= {"blocks": blocks}
-        down |= {"blocks": blocks}
+        return (
+            _warpgroup(gate_up_gluon, shape, blocks, shape.inner, config.gate_up, gate_up),
+            _warpgroup(down_gluon, shape, blocks, shape.hidden // 2, config.down, down),
+        )
+    two_waves = bool(gate_up["CDNA"])
     return (
-        _gemm(gate_up_gluon, blocks, shape.inner, config.gate_up, gate_up, most, bool(gate_up.get("CDNA"))),
-        _gemm(down_gluon, blocks, shape.hidden // 2, config.down, down, most, bool(down.get("CDNA"))),
+        _gemm(gate_up_gluon, blocks, shape.inner, config.gate_up, gate_up, two_waves),
+        _gemm(down_gluon, blocks, shape.hidden // 2, config.down, down, two_waves),
     )
+
+
+def _warpgroup(
+    kernel: Any, shape: _Shape, blocks: int, rows: int, gemm: Gemm, constants: dict[str, Any]
+) -> BoundLaunch:
+    """As many programs as the device has at once, each of which makes tiles in turn."""
+    at_once = programs_at_once(constants["BLOCK_M"], gemm.block_n)
+    programs = min(blocks * triton.cdiv(rows, gemm.block_n), at_once * shape.target.processors)
+    own = {**constants, "blocks": blocks, "REGISTERS": 256 // at_once}
+    limit = {"maxnreg": 128} if at_once == 2 else {}
+    return BoundLaunch(kernel, programs, own, warps=gemm.warps, stages=gemm.stages, pdl=constants["PDL"], **limit)
 
 
 def _gemm(
@@ -352,11 +365,9 @@ def _gemm(
     rows: int,
     gemm: Gemm,
     constants: dict[str, Any],
-    most: int | None = None,
     two_waves: bool = False,
 ) -> BoundLaunch:
     programs = blocks * triton.cdiv(rows, gemm.block_n)
-    programs = programs if most is None else min(programs, most)
     options = _TWO_WAVES if two_waves else {}
     pdl = bool(constants.get("PDL"))
     return BoundLaunch(kernel, programs, constants, warps=gemm.warps, stages=gemm.stages, pdl=pdl, **options)

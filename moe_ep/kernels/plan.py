@@ -28,24 +28,6 @@ def shift(x_ptr, shifted_ptr, program, elements, BLOCK_X: tl.constexpr):
     tl.store(shifted_ptr + i, (x * 18446744073709551616.0).to(tl.bfloat16), mask=i < elements)  # 2^64
 
 
-@triton.jit
-def chunk_counts(
-    ids_ptr,
-    map_ptr,
-    chunk,
-    routes,
-    known,
-    LOCAL: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """How many of BLOCK_R routes each local expert has, int32 [BLOCK_L]."""
-    route = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
-    rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
-    return tl.sum((rows[:, None] == tl.arange(0, BLOCK_L)[None, :]).to(tl.int32), 0)
-
-
 @triton.jit(do_not_specialize=["routes", "known", "elements"])
 def count_kernel(
     ids_ptr,  # int [M·TOP_K]: experts
@@ -60,8 +42,7 @@ def count_kernel(
     HAS_MAP: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_L: tl.constexpr,  # a power of two, at least LOCAL
-    BLOCK_R: tl.constexpr,  # routes that are counted at once
-    CHUNKS: tl.constexpr,  # of BLOCK_R routes a tile
+    BLOCK_T: tl.constexpr,  # routes of a tile
     BLOCK_X: tl.constexpr,  # elements of x a program
 ):
     # Layout: the first programs count a tile of routes each; those after them shift a part of x each, which has
@@ -69,12 +50,12 @@ def count_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    tiles = (routes + BLOCK_R * CHUNKS - 1) // (BLOCK_R * CHUNKS)
+    tiles = (routes + BLOCK_T - 1) // BLOCK_T
     program = tl.program_id(0)
     if program < tiles:
-        counts = tl.zeros((BLOCK_L,), dtype=tl.int32)
-        for chunk in range(program * CHUNKS, (program + 1) * CHUNKS):
-            counts += chunk_counts(ids_ptr, map_ptr, chunk, routes, known, LOCAL, HAS_MAP, BLOCK_L, BLOCK_R)
+        route = program * BLOCK_T + tl.arange(0, BLOCK_T)
+        rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
+        counts = tl.histogram(rows, BLOCK_L, mask=rows >= 0)
         tl.store(count_ptr + program * BLOCK_L + tl.arange(0, BLOCK_L), counts)
     else:
         shift(x_ptr, shifted_ptr, program - tiles, elements, BLOCK_X)
@@ -95,24 +76,26 @@ def place_kernel(
     known,
     blocks,  # the most that there can be
     elements,
-    ALONE: tl.constexpr,  # there was no count_kernel: count and shift here
+    ALONE: tl.constexpr,  # there was no count_kernel: count and shift here, BLOCK_A routes at once, which are all
     LOCAL: tl.constexpr,
     HAS_MAP: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_L: tl.constexpr,  # a power of two, at least LOCAL
     BLOCK_M: tl.constexpr,  # routes of a block
+    BLOCK_A: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # routes of a tile
     BLOCK_R: tl.constexpr,  # routes that are placed at once
-    CHUNKS: tl.constexpr,  # of BLOCK_R routes a tile
     BLOCK_B: tl.constexpr,  # blocks a program
     BLOCK_X: tl.constexpr,  # elements of x a program
 ):
     # Layout: the first programs place a tile of routes each, the next write BLOCK_B blocks each, the last shift x.
-    # The trick: each adds up the counts of all tiles, so no program waits for another.
+    # The trick: each adds up the counts of all tiles, so no program waits for another. A route finds its place among
+    # those that are placed with it by comparing itself with each, which needs no scan.
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     program = tl.program_id(0)
-    tiles = (routes + BLOCK_R * CHUNKS - 1) // (BLOCK_R * CHUNKS)
+    tiles = (routes + BLOCK_T - 1) // BLOCK_T
     writers = (blocks + BLOCK_B - 1) // BLOCK_B
     if program >= tiles + writers:
         shift(x_ptr, shifted_ptr, program - tiles - writers, elements, BLOCK_X)
@@ -121,25 +104,28 @@ def place_kernel(
     counts = tl.zeros((BLOCK_L,), dtype=tl.int32)
     before = tl.zeros((BLOCK_L,), dtype=tl.int32)  # this tile
     if ALONE:
-        for chunk in range(tiles * CHUNKS):
-            own = chunk_counts(ids_ptr, map_ptr, chunk, routes, known, LOCAL, HAS_MAP, BLOCK_L, BLOCK_R)
-            counts += own
-            before += tl.where(chunk < program * CHUNKS, own, 0)
+        route = tl.arange(0, BLOCK_A)
+        rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
+        counts += tl.histogram(rows, BLOCK_L, mask=rows >= 0)
+        if BLOCK_A > BLOCK_T:
+            before += tl.histogram(rows, BLOCK_L, mask=(rows >= 0) & (route < program * BLOCK_T))
     else:
-        for first_tile in range(0, tiles, 32):
-            tile = first_tile + tl.arange(0, 32)[:, None]
+        for first_tile in range(0, tiles, 64):
+            tile = first_tile + tl.arange(0, 64)[:, None]
             own = tl.load(count_ptr + tile * BLOCK_L + row[None, :], mask=tile < tiles, other=0)
             counts += tl.sum(own, 0)
             before += tl.sum(tl.where(tile < program, own, 0), 0)
     first = tl.cumsum(counts, 0) - counts  # position of each expert's first route
     if program < tiles:
         position = first + before  # of each expert's next route
-        for chunk in range(program * CHUNKS, (program + 1) * CHUNKS):
-            route = chunk * BLOCK_R + tl.arange(0, BLOCK_R)
+        r = tl.arange(0, BLOCK_R)
+        for first_route in range(program * BLOCK_T, (program + 1) * BLOCK_T, BLOCK_R):
+            route = first_route + r
             rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
+            earlier = (rows[:, None] == rows[None, :]) & (r[None, :] < r[:, None])
             hits = (rows[:, None] == row[None, :]).to(tl.int32)
-            rank = tl.cumsum(hits, 0) - 1
-            tl.store(route_ptr + tl.sum(hits * (position[None, :] + rank), 1), route, mask=rows >= 0)
+            place = tl.sum(hits * position[None, :], 1) + tl.sum(earlier.to(tl.int32), 1)
+            tl.store(route_ptr + place, route, mask=rows >= 0)
             position += tl.sum(hits, 0)
     else:
         used = (counts + BLOCK_M - 1) // BLOCK_M

@@ -1,8 +1,8 @@
 """Both grouped GEMMs for many rows an expert on Hopper, where the matrix units are the bound.
 
-A program per multiprocessor makes one tile after the other with two warpgroups that take turns (`kernels.pipe`): while
-one decodes, the other multiplies. Here scales are applied to the weights, which come out as their value times
-2^-64; the sums are multiplied by 2^64, so the activations are taken as they are.
+One program a multiprocessor, or two, make one tile after the other with two warpgroups that take turns
+(`kernels.pipe`): while one decodes, the other multiplies. Here scales are applied to the weights, which come out as
+their value times 2^-64; the sums are multiplied by 2^64, so the activations are taken as they are.
 """
 
 from triton.experimental import gluon
@@ -272,6 +272,7 @@ def gate_up_warpgroup(
     BLOCK_M: gl.constexpr,  # routes of one expert, at most
     BLOCK_N: gl.constexpr,  # intermediate features of a tile: 64 or 128
     STAGES: gl.constexpr,  # groups in shared memory
+    REGISTERS: gl.constexpr,  # of a thread: 256, or 128 where two programs share a multiprocessor
 ):
     # Layout: a tile is [BLOCK_N, up to BLOCK_M] of hᵀ, from rows n of w1 and of w3, half of it each warpgroup's; tiles
     # of one block of routes are made at a time, so that its x rows stay in cache.
@@ -293,7 +294,7 @@ def gate_up_warpgroup(
             )),
         ],
         [4],
-        [256],
+        [REGISTERS],
     )  # fmt: skip
 
 
@@ -316,6 +317,7 @@ def down_warpgroup(
     BLOCK_M: gl.constexpr,  # routes of one expert, at most
     BLOCK_N: gl.constexpr,  # hidden features of each warpgroup's half of a tile: 64 or 128
     STAGES: gl.constexpr,  # groups in shared memory
+    REGISTERS: gl.constexpr,  # of a thread: 256, or 128 where two programs share a multiprocessor
 ):
     # Layout: a tile is [2·BLOCK_N, up to BLOCK_M] of yᵀ, half of it each warpgroup's, and is scattered to the rows of
     # its routes: every route has a row of its own, so no atomics are needed.
@@ -336,5 +338,5 @@ def down_warpgroup(
             )),
         ],
         [4],
-        [256],
+        [REGISTERS],
     )  # fmt: skip
