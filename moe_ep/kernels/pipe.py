@@ -52,6 +52,24 @@ def columns(WIDTH, i):
 
 
 @constexpr_function
+def widths(BLOCK_M):
+    """Columns that a tile may have, for blocks that are not full: quarters, and of 128 also eighths from the half on,
+    below which memory is the bound."""
+    return [32, 64, 80, 96, 112, 128] if BLOCK_M == 128 else [BLOCK_M * i // 4 for i in range(1, 5)]
+
+
+@constexpr_function
+def width_count(BLOCK_M):
+    return len(widths(BLOCK_M))
+
+
+@constexpr_function
+def width(BLOCK_M, i):
+    """The i-th of them, 0 for −1."""
+    return ([0] + widths(BLOCK_M))[i + 1]
+
+
+@constexpr_function
 def accumulator_layout(COLUMNS):
     """[64, COLUMNS] of one warpgroup."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])

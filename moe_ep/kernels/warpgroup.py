@@ -22,6 +22,8 @@ from moe_ep.kernels.pipe import (
     products,
     row_sources,
     weight_sources,
+    width,
+    width_count,
 )
 
 
@@ -90,12 +92,12 @@ def _gate_up(
         next_token = _tokens(plan[0], following, HALF, TOP_K, rows)
         later = _block(plan, blocks, tile + 2 * step, n_tiles)
         hand_over_first(pipe, index, STAGES)
-        quarters = (block[2] - block[1] + BLOCK_M // 4 - 1) // (BLOCK_M // 4)
-        for i in gl.static_range(1, 5):
-            if quarters == i:
+        routes = block[2] - block[1]
+        for i in gl.static_range(width_count(BLOCK_M)):
+            if (routes > width(BLOCK_M, i - 1)) & (routes <= width(BLOCK_M, i)):
                 _gate_up_tile(
                     inputs, outputs, pipe, index, block, tile, token, following, tile + step, next_token,
-                    HALF, HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_N, i * BLOCK_M // 4, STAGES,
+                    HALF, HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_N, width(BLOCK_M, i), STAGES,
                 )  # fmt: skip
         block = following
         following = later
@@ -191,12 +193,12 @@ def _down(
     while block[0] >= 0:
         later = _block(plan, blocks, tile + 2 * step, n_tiles)
         hand_over_first(pipe, index, STAGES)
-        quarters = (block[2] - block[1] + BLOCK_M // 4 - 1) // (BLOCK_M // 4)
-        for i in gl.static_range(1, 5):
-            if quarters == i:
+        routes = block[2] - block[1]
+        for i in gl.static_range(width_count(BLOCK_M)):
+            if (routes > width(BLOCK_M, i - 1)) & (routes <= width(BLOCK_M, i)):
                 _down_tile(
                     inputs, outputs, pipe, index, block, tile, following, tile + step,
-                    HALF, HIDDEN, INTER, HAS_BIAS, BLOCK_N, rows, i * BLOCK_M // 4, STAGES,
+                    HALF, HIDDEN, INTER, HAS_BIAS, BLOCK_N, rows, width(BLOCK_M, i), STAGES,
                 )  # fmt: skip
         block = following
         following = later
@@ -276,7 +278,7 @@ def gate_up_warpgroup(
 ):
     # Layout: a tile is [BLOCK_N, up to BLOCK_M] of hᵀ, from rows n of w1 and of w3, half of it each warpgroup's; tiles
     # of one block of routes are made at a time, so that its x rows stay in cache.
-    # The trick: a block that is not full takes products of one, two or three quarters of the columns.
+    # The trick: a block that is not full takes products of fewer columns.
     pipe = open_pipe(BLOCK_M, BLOCK_N, STAGES)
     if PDL:
         gdc_wait()
