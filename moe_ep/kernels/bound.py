@@ -2,7 +2,11 @@
 
 from typing import Any
 
+from torch import Tensor
 from triton.compiler import CompiledKernel
+
+_LAUNCHERS = ("triton.backends.nvidia.driver", "triton.backends.amd.driver")
+"""Modules whose launchers take a pointer as a number, and then do not ask the driver where it points."""
 
 
 class BoundLaunch:
@@ -29,6 +33,7 @@ class BoundLaunch:
             self.options["launch_pdl"] = True
         self._compiled: CompiledKernel | None = None
         self._values: tuple[Any, ...] = ()
+        self._by_address = False
 
     def __call__(self, *args: Any) -> None:
         """Launch with the arguments that are not constants, in their order."""
@@ -37,5 +42,8 @@ class BoundLaunch:
             if isinstance(compiled, CompiledKernel):  # the interpreter gives nothing
                 names = self.kernel.arg_names[len(args) :]
                 self._compiled, self._values = compiled, tuple(self.constants[name] for name in names)
+                self._by_address = type(compiled.run).__module__ in _LAUNCHERS
         else:
+            if self._by_address:
+                args = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
             self._compiled[(self.programs, 1, 1)](*args, *self._values)

@@ -10,6 +10,7 @@ from moe_ep import preshard
 from moe_ep.backends.base import MoEBackend
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Alone
+from moe_ep.fused import fused_moe_mxfp4
 from moe_ep.layer import MoELayer
 from moe_ep.loading import Reading, load_layers
 from moe_ep.placement import WHOLE, Placement, Slice
@@ -19,6 +20,7 @@ from moe_ep.shape import ModelShape
 from moe_ep.spec import MoELayerSpec, Mxfp4Config
 from moe_ep.synthetic import write_checkpoint
 from moe_ep.targets import allocator
+from moe_ep.weights import ExpertWeights
 from tests.moe_ep.experts import Tokens, by_formula, make_experts, make_tokens, partial, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -48,6 +50,26 @@ def test_v4_sized_experts_agree_with_the_reference(tokens: int, device: torch.de
     expert_map = torch.tensor([0, 1, 2, 3, 4, 5, -1, -1], dtype=torch.int32, device=device)
     got = partial(experts, batch, "cuda", expert_map=expert_map)
     assert relative_error(got, partial(experts, batch, "reference", expert_map=expert_map)) < 4e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 700, 4000])
+def test_after_the_first_call_of_a_shape_nothing_is_allocated(tokens: int, device: torch.device) -> None:
+    experts, batch = make_experts(6, 1024, 512, device), make_tokens(tokens, 1024, 6, 6, device)
+    plain = ExpertWeights(experts.w13, experts.w13_scale, experts.w2, experts.w2_scale, None, None)
+    weights, out = plain.in_kernel_order(), torch.empty_like(batch.x)
+
+    def call() -> None:
+        packed = (weights.w13, weights.w13_scale, weights.w2, weights.w2_scale)
+        fused_moe_mxfp4(batch.x, *packed, batch.ids, batch.weights, weight_order="kernel", out=out)
+
+    def allocations() -> int:
+        return int(torch.cuda.memory_stats(device)["allocation.all.allocated"])
+
+    call()
+    before = allocations()
+    for _ in range(3):
+        call()
+    assert allocations() == before
 
 
 # A rank's share is several blocks of 16 MiB, so that the threads use their buffers again and again.
