@@ -10,7 +10,7 @@ from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.plan import count_kernel, place_kernel
 
 _SHIFT_BLOCK = 4096  # elements of x a program
-_CHUNK = 128  # the most routes a program places at once
+_CHUNK = 64  # the most routes a program places at once
 _PAIRS = 2**16  # the most pairs of a route and an expert that a program compares at once
 _WRITTEN = 64  # blocks a program
 _TILES = 256  # for more routes they grow, since each program adds up the counts of all

@@ -104,11 +104,11 @@ def place_kernel(
     counts = tl.zeros((BLOCK_L,), dtype=tl.int32)
     before = tl.zeros((BLOCK_L,), dtype=tl.int32)  # this tile
     if ALONE:
-        route = tl.arange(0, BLOCK_A)
-        rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
-        counts += tl.histogram(rows, BLOCK_L, mask=rows >= 0)
+        every = tl.arange(0, BLOCK_A)
+        theirs = local_row(ids_ptr, map_ptr, every, every < routes, known, LOCAL, HAS_MAP)
+        counts += tl.histogram(theirs, BLOCK_L, mask=theirs >= 0)
         if BLOCK_A > BLOCK_T:
-            before += tl.histogram(rows, BLOCK_L, mask=(rows >= 0) & (route < program * BLOCK_T))
+            before += tl.histogram(theirs, BLOCK_L, mask=(theirs >= 0) & (every < program * BLOCK_T))
     else:
         for first_tile in range(0, tiles, 64):
             tile = first_tile + tl.arange(0, 64)[:, None]

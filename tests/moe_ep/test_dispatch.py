@@ -93,8 +93,9 @@ def test_unsigned_ids_of_many_experts_have_no_padding_that_looks_like_an_expert(
 
 
 @by_way
-def test_more_routes_than_a_step_and_more_blocks_than_a_step(way: Way) -> None:
-    ids = torch.randint(0, 5, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
+@pytest.mark.parametrize("routes", [200, 1000, 5000])
+def test_more_routes_than_a_step_and_more_blocks_than_a_step(way: Way, routes: int) -> None:
+    ids = torch.randint(0, 5, (routes,), generator=torch.Generator().manual_seed(0)).tolist()
     plan, _ = plan_of(way, ids, 4, 1)
     check(plan, [e if e < 4 else -1 for e in ids], 1)
 

@@ -16,8 +16,8 @@ from launcher.processes import children
 from tests.checkout import importable
 from tests.slurm.conftest import CONFIG, Lab
 
-# Ranks that this folder's Python starts rest in every timed pass until a second and a half are over, so that passes take
-# the same time on a busy machine; and longer by the fraction that SLOWER says.
+# Ranks that this folder's Python starts rest in every timed pass until a second and a half are over, so that passes
+# take the same time on a busy machine; and longer by the fraction that SLOWER says.
 STEADY = """
 import importlib.abc, importlib.util, os, sys, time
 
