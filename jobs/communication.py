@@ -79,17 +79,20 @@ class Communication:
         return choose(request.own_tokens, layout, request.shape, tokens, self.wire, network, capturing=capturing)
 
     @property
-    def fractions(self) -> Callable[[int], tuple[float, ...]] | None:
-        """How a layer's rows are cut into chunks, if they are: by their number alone, so that ranks agree."""
+    def cut(self) -> Callable[[int], int] | None:
+        """Into how many ranges a layer's second GEMM is cut, if it is: by the number of rows alone, so that ranks
+        agree."""
         request, layout = self.request, self.groups.layout
         if not request.comm.chunked or self.groups.whole is None:
             return None
 
         @lru_cache(maxsize=_KEPT)  # asked for by every layer of every pass
-        def cut(rows: int) -> tuple[float, ...]:
+        def cut(rows: int) -> int:
             comm, named = request.comm, [name for name in self.names if name == request.comm.strategy]
             name = named[0] if named else self.choose(rows).name
-            return cut_for_overlap(name, layout, request.shape, rows, self.wire, comm.network, comm.device)
+            whole = not request.shard_shared_expert
+            of_model = (name, layout, request.shape, rows, self.wire, comm.network, comm.device)
+            return cut_for_overlap(*of_model, whole_shared=whole)
 
         return cut
 

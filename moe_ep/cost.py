@@ -264,7 +264,7 @@ def choose(
 
 
 def pipeline_us(compute: Sequence[float], combine: Sequence[float]) -> float:
-    """Chunks that are computed one after the other, each combined while the next are computed: µs until all are."""
+    """Ranges that are computed one after the other, each combined while the next are computed: µs until all are."""
     computed = combined = 0.0
     for a, b in zip(compute, combine, strict=True):
         computed += a
@@ -272,22 +272,39 @@ def pipeline_us(compute: Sequence[float], combine: Sequence[float]) -> float:
     return combined
 
 
-_CUTS = ((1.0,), (0.5, 0.5), (0.75, 0.25), (0.25, 0.75), (0.875, 0.125), (0.125, 0.875), (0.25,) * 4, (0.125,) * 8)
+_PARTS = (1, 2, 4)
+_DOWN = 1 / 3  # of the experts' work: w2's, of three matrices
+_RANGE_US = 10.0  # that a range of columns costs more: a launch of the second GEMM and of the combine
+_BESIDE = 132 / 108  # a range is made on the multiprocessors that the collective beside it leaves (H200)
 
 
 def cut_for_overlap(
-    name: Name, layout: Layout, shape: ModelShape, tokens: int, wire: Wire, network: Network, device: Device
-) -> tuple[float, ...]:
-    """The fractions in which a prefill is cut so that the combine of a chunk lies under the experts of the next.
+    name: Name,
+    layout: Layout,
+    shape: ModelShape,
+    tokens: int,
+    wire: Wire,
+    network: Network,
+    device: Device,
+    *,
+    whole_shared: bool = True,
+) -> int:
+    """Into how many ranges of columns the second GEMM of T tokens is cut, so that the combine of one lies under the
+    next, and that of the last under the shared expert where every rank computes all of it.
 
-    Each chunk reads the experts that it hits anew, so a cut pays only where that is short beside the combine.
-    all_to_all is not cut.
+    No weight is read twice, but every range has its launches and each collective its steps; what the shared expert
+    hides anyway needs no cut. all_to_all is not cut.
     """
     if name == "all_to_all" or layout.ranks == 1:
-        return (1.0,)
+        return 1
+    down = _DOWN * op_us(layout, shape, tokens, device)
+    mine = tokens if name in SAME_TOKENS else ceil(tokens / layout.ranks)
+    shared = shared_us(shape, mine, device) / _REACHED if whole_shared else 0.0
 
-    def us(fractions: Sequence[float]) -> float:
-        compute = [op_us(layout, shape, tokens * f, device) for f in fractions]
-        return pipeline_us(compute, [combine_us(name, layout, shape, tokens * f, wire, network) for f in fractions])
+    def us(parts: int) -> float:
+        one = down / parts + (_RANGE_US if parts > 1 else 0.0)
+        computed = [one, *[one * _BESIDE] * (parts - 1)]
+        combined = [combine_us(name, layout, shape, tokens / parts, wire, network)] * parts
+        return max(sum(computed) + shared, pipeline_us(computed, combined))
 
-    return min(_CUTS, key=us)
+    return min((parts for parts in _PARTS if shape.hidden % (16 * parts) == 0), key=us)

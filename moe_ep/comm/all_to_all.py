@@ -92,6 +92,10 @@ class AllToAll(Combine):
             pending = _return(self.rail, pending.wait(), way.between, f"{routed.place} combine between nodes")
         return pending
 
+    def parts(self, routed: Routed, wanted: int) -> int:
+        """See `Combine`: one, since every rank has a number of rows of its own."""
+        return 1
+
     def _owner(self, ids: Tensor) -> Tensor:
         """int64, −1 for padding."""
         if self.owners.device != ids.device:

@@ -9,6 +9,7 @@ from moe_ep.bench.fit import Part, Sample, fit
 from moe_ep.cost import (
     OWN_TOKENS,
     SAME_TOKENS,
+    Name,
     Wire,
     choose,
     combine_us,
@@ -138,17 +139,15 @@ def test_the_kernels_take_about_what_an_h200_measured() -> None:
         assert op_us(Layout(2, 2), shape, tokens, device) == pytest.approx(us, rel=0.1)
 
 
-def test_a_prefill_is_cut_where_that_is_faster_and_a_decode_is_not() -> None:
+def test_a_second_gemm_is_cut_where_that_is_faster() -> None:
     layout = Layout(8, 4)
-    assert cut_for_overlap("all_reduce", layout, PRO, 8, WIRE, SLINGSHOT, MI300A) == (1.0,)
-    assert cut_for_overlap("all_to_all", layout, PRO, 65536, WIRE, SLINGSHOT, MI300A) == (1.0,)
-    cut = cut_for_overlap("all_reduce", layout, PRO, 65536, WIRE, SLINGSHOT, MI300A)
-    assert sum(cut) == 1
-    compute = op_us(layout, PRO, 65536, MI300A)
-    combine = combine_us("all_reduce", layout, PRO, 65536, WIRE, SLINGSHOT)
-    parts = [
-        (op_us(layout, PRO, 65536 * f, MI300A), combine_us("all_reduce", layout, PRO, 65536 * f, WIRE, SLINGSHOT))
-        for f in cut
-    ]
-    hidden = compute + combine - pipeline_us(*zip(*parts, strict=True))
-    assert hidden > 0.6 * min(compute, combine)  # what is left are the first chunk, and experts read anew
+
+    def parts(name: Name, tokens: int, *, whole_shared: bool) -> int:
+        return cut_for_overlap(name, layout, PRO, tokens, WIRE, SLINGSHOT, MI300A, whole_shared=whole_shared)
+
+    assert parts("all_reduce", 8, whole_shared=False) == 1, "a decode is not"
+    assert parts("all_to_all", 65536, whole_shared=False) == 1, "nor what every rank has other rows of"
+    assert parts("all_reduce", 65536, whole_shared=False) == 4
+    short = replace(SLINGSHOT, fabric=Link(32, 1e12), node=Link(4, 1e12))
+    hidden = cut_for_overlap("all_reduce", layout, PRO, 65536, WIRE, short, MI300A)
+    assert hidden == 1, "nor where the shared expert hides the combine anyway"
