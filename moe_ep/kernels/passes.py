@@ -52,7 +52,7 @@ def add_kernel(
 
 @triton.jit
 def e4m3_bits(y):
-    """The bits of f32 y as e4m3fn, to nearest even, NaN past 464: by integers, since not every device has the type."""
+    """The bits of f32 y as e4m3fn, to nearest even, NaN past 448: by integers, since not every device has the type."""
     bits = y.to(tl.int32, bitcast=True)
     sign = (bits >> 24) & 0x80
     bits = bits & 0x7FFFFFFF
@@ -61,7 +61,7 @@ def e4m3_bits(y):
     small = (magnitude + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     normal = (bits - (120 << 23) + 0x7FFFF + ((bits >> 20) & 1)) >> 20
     code = tl.where(bits < 0x3C800000, small, normal)
-    return sign | tl.where(bits > 0x43E80000, 0x7F, code)
+    return sign | tl.where(bits > 0x43E00000, 0x7F, code)
 
 
 @triton.jit
