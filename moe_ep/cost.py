@@ -107,26 +107,36 @@ def traffic(name: Name, layout: Layout, shape: ModelShape, tokens: float, wire: 
 
 def dispatch_us(name: Name, layout: Layout, shape: ModelShape, tokens: float, wire: Wire, network: Network) -> float:
     """Until the experts have what they compute on."""
-    row = wire.row_bytes(shape)
+    row, state = wire.row_bytes(shape), 2 * shape.hidden
+    if layout.ranks == 1 or name in SAME_TOKENS:
+        return 0.0
+    packed = network.pass_over(ceil(tokens / layout.ranks) * (state + row))
     if name == "all_gather":
-        return _gather_us(layout, tokens * row, network)
-    if name == "all_to_all":
-        return _exchange_us(layout, shape, tokens, row, network, asks=True)
-    return 0.0
+        return packed + _gather_us(layout, tokens * row, network) + network.pass_over(tokens * (row + state))
+    found = tokens / layout.ranks * (1 + sum(copies(layout, shape.experts, shape.top_k)))
+    return (
+        packed + _exchange_us(layout, shape, tokens, row, network, asks=True) + network.pass_over(found * (row + state))
+    )
 
 
 def combine_us(name: Name, layout: Layout, shape: ModelShape, tokens: float, wire: Wire, network: Network) -> float:
     """From the partials to the sum."""
-    size = tokens * shape.hidden * wire.sum_bytes
     if layout.ranks == 1:
         return 0.0
+    elements, mine = tokens * shape.hidden, tokens / layout.ranks * shape.hidden
+    size = elements * wire.sum_bytes
+    cast = network.pass_over(elements * (4 + wire.sum_bytes)) if wire.sum_bytes != 4 else 0.0  # partials are f32
     if name == "all_reduce":
-        return _reduce_us(layout, size, network)
+        return cast + _reduce_us(layout, size, network)
     if name == "reduce_scatter":
-        return _gather_us(layout, size, network) + _gather_us(layout, tokens * shape.hidden * 2, network)
+        rounded = network.pass_over(mine * (4 + 2)) if wire.sum_bytes != 2 else 0.0
+        return cast + _gather_us(layout, size, network) + rounded + _gather_us(layout, elements * 2, network)
     if name == "all_gather":
-        return _gather_us(layout, size, network)
-    return _exchange_us(layout, shape, tokens, shape.hidden * wire.sum_bytes, network, asks=False)
+        return cast + _gather_us(layout, size, network)
+    # A row for every copy, and all of them are added up where the token is.
+    sent = mine * sum(copies(layout, shape.experts, shape.top_k))
+    added = network.pass_over((mine + 3 * sent) * wire.sum_bytes)
+    return _exchange_us(layout, shape, tokens, shape.hidden * wire.sum_bytes, network, asks=False) + added
 
 
 def _reduce_us(layout: Layout, size: float, network: Network) -> float:
