@@ -4,10 +4,10 @@ T: tokens of the group, H: hidden, k: routes a token, p: ranks, n: nodes, q: ran
 which partials are added up, row: bytes of a token on its way to the experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, comb, log2
-from typing import Literal
+from typing import Any, Literal
 
 from moe_ep.network import Device, Layout, Network
 from moe_ep.shape import FP8_BLOCK, ModelShape
@@ -242,6 +242,10 @@ class Choice:
     why: str
 
 
+Measured = Mapping[int, Mapping[Name, float]]
+"""µs of dispatch and combine of every strategy, by the group's number of tokens."""
+
+
 def choose(
     own_tokens: bool,
     layout: Layout,
@@ -251,26 +255,34 @@ def choose(
     network: Network,
     *,
     capturing: bool = False,
+    measured: Measured | None = None,
 ) -> Choice:
     """The strategy with the least predicted communication for T tokens of the group.
 
     all_reduce and all_gather stay unless the other is expected to be faster by 10 %; an all-to-all, which cannot be
-    captured in a CUDA graph, is left out while `capturing`.
+    captured in a CUDA graph, is left out while `capturing`. With times that were `measured`, predictions are multiplied
+    by what they missed at the nearest number of tokens, so that there the fastest is taken.
     """
     names = OWN_TOKENS if own_tokens else SAME_TOKENS
-    us = {
-        name: dispatch_us(name, layout, shape, tokens, wire, network)
-        + combine_us(name, layout, shape, tokens, wire, network)
-        for name in names
-    }
+
+    def predicted(name: Name, tokens: int) -> float:
+        of_model: Any = (name, layout, shape, tokens, wire, network)
+        return dispatch_us(*of_model) + combine_us(*of_model)
+
+    us = {name: predicted(name, tokens) for name in names}
+    near, known = _NEAR, ""
+    if measured:
+        at = min(measured, key=lambda t: abs(log2(max(t, 1) / max(tokens, 1))))
+        us = {name: us[name] * measured[at][name] / predicted(name, at) if us[name] else 0.0 for name in names}
+        near, known = 0.0, f"; as measured at {at} tokens"
     open_to = [name for name in names if not (capturing and name == "all_to_all")]
-    best = min(open_to, key=lambda name: us[name] * (1 + _NEAR * (name != names[0])))
+    best = min(open_to, key=lambda name: us[name] * (1 + near * (name != names[0])))
     sent = {name: traffic(name, layout, shape, tokens, wire) for name in names}
     said = ", ".join(f"{name} {us[name]:.0f} µs ({sent[name].total / 1e6:.2f} MB sent a rank)" for name in names)
     whose = "of its own" if own_tokens else "that all ranks have"
     where = f"{layout.ranks} ranks on {layout.nodes} node{'s'[: layout.nodes > 1]}"
     left_out = "; all_to_all cannot be captured" if capturing and own_tokens else ""
-    return Choice(best, tokens, us, f"{tokens} tokens, each rank with tokens {whose}, {where}: {said}{left_out}")
+    return Choice(best, tokens, us, f"{tokens} tokens, each rank with tokens {whose}, {where}: {said}{known}{left_out}")
 
 
 def pipeline_us(compute: Sequence[float], combine: Sequence[float]) -> float:
