@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe_ep.activation import swiglu_halves
 from moe_ep.backends.base import MoEBackend, Mxfp4Backend
-from moe_ep.comm import SPARED, Combine, Routed, let_collectives_begin
+from moe_ep.comm import SPARED, Combine, Pending, Routed, let_collectives_begin
 from moe_ep.routing import Router
 from moe_ep.slots import SlotMap
 from moe_ep.spec import SwigluArg, TopKOutput
@@ -148,16 +148,8 @@ class MoELayer(nn.Module):
         wanted = self.cut(routed.x.shape[0]) if self.cut is not None else 1
         parts = self.combine.parts(routed, wanted)
         under_way = [self.combine.begin(partial, routed) for partial in self._partials(routed, parts)]
-        shared = None
-        if self.shared_expert is not None and not self.shared_is_sharded:
-            if self.combine.name != "none" and self.shared_expert.fills(len(hidden_states)):
-                let_collectives_begin(hidden_states.device)
-            shared = self.shared_expert(hidden_states)
-        out = torch.empty_like(hidden_states)
-        width = hidden_states.shape[1] // parts
-        for part, pending in enumerate(under_way):
-            add_columns(pending.wait(), shared, out, part * width)
-        return out
+        whole = None if self.shared_is_sharded else self.shared_expert
+        return finish(hidden_states, under_way, whole, collective=self.combine.name != "none")
 
     def _partials(self, routed: Routed, parts: int) -> Iterator[Tensor]:
         """The partial in ranges of columns, with the rank's slice of the shared expert where it has one."""
@@ -166,6 +158,23 @@ class MoELayer(nn.Module):
             shared = self.shared_expert(routed.x).chunk(parts, 1)
         for part, partial in enumerate(self.experts.by_columns(routed.x, routed.topk, parts)):
             yield partial if shared is None else partial + shared[part]
+
+
+def finish(
+    hidden_states: Tensor, under_way: Sequence[Pending], shared_expert: SharedExpert | None, *, collective: bool = True
+) -> Tensor:
+    """The layer's result bf16 [M, H]: ranges of columns of the sum over the ranks, which are under way, and the shared
+    expert, computed meanwhile."""
+    shared = None
+    if shared_expert is not None:
+        if collective and shared_expert.fills(len(hidden_states)):
+            let_collectives_begin(hidden_states.device)
+        shared = shared_expert(hidden_states)
+    out = torch.empty_like(hidden_states)
+    width = hidden_states.shape[1] // len(under_way)
+    for part, pending in enumerate(under_way):
+        add_columns(pending.wait(), shared, out, part * width)
+    return out
 
 
 def add_columns(total: Tensor, shared: Tensor | None, out: Tensor, first: int) -> None:

@@ -1,7 +1,8 @@
 """python -m torch.distributed.run --nproc-per-node N -m moe_ep.bench.comm: what communication takes, and overlap hides.
 
-For each shape and number of tokens T of the group: dispatch and combine of every strategy beside the cost model, then a
-whole layer beside its parts, each alone, and beside the same layer without communication.
+For each shape and number of tokens T of the group: dispatch and combine of every strategy beside the cost model, what
+follows the experts beside its parts, each alone, then a whole layer beside its parts and beside the same layer without
+communication.
 """
 
 import json
@@ -26,7 +27,7 @@ from moe_ep.bench.fit import Part, Sample, fit
 from moe_ep.comm import Alone, Combine
 from moe_ep.comm.groups import EpGroups, ep_groups
 from moe_ep.cost import OWN_TOKENS, SAME_TOKENS, Name, Wire, choose, predict
-from moe_ep.layer import MoELayer, RoutedExperts, SharedExpert, add_columns
+from moe_ep.layer import MoELayer, RoutedExperts, SharedExpert, add_columns, finish
 from moe_ep.network import Device, Layout, Link, Network
 from moe_ep.routing import Router
 from moe_ep.selector import select_backend
@@ -45,7 +46,7 @@ LAYERS = 2
 """Layers that are called in turn, so that no cache holds the weights of the next."""
 _REPEATS = 15
 _ROUNDS = 9  # of a layer and all its parts
-_LAUNCHING = 400_000  # cycles, under which the host launches what is not captured
+_LAUNCHING = 1_000_000  # cycles, under which the host launches what is not captured
 _PARTS = (1, 2, 4)
 
 
@@ -142,17 +143,21 @@ def build_layers(shape: ModelShape, bench: Bench, count: int) -> list[MoELayer]:
             parameter.data.random_(low, high, generator=generator)
         experts.process_weights_after_loading()
 
-        def normal(*size: int) -> Tensor:
-            values = torch.randn(*size, generator=same, device=bench.device)
-            scaled: Tensor = values.div_(size[-1] ** 0.5).bfloat16()
-            return scaled
-
-        shared = SharedExpert(
-            normal(2 * shape.intermediate, shape.hidden), normal(shape.hidden, shape.intermediate), 10
-        )
-        router = Router(normal(shape.experts, shape.hidden), shape.top_k, shape.routed_scaling, None, None)
+        router, shared = router_and_shared(shape, bench, same)
         found.append(MoELayer(router, experts, Alone(), shared))
     return found
+
+
+def router_and_shared(shape: ModelShape, bench: Bench, generator: torch.Generator) -> tuple[Router, SharedExpert]:
+    """With random weights, the same on all ranks."""
+
+    def normal(*size: int) -> Tensor:
+        values = torch.randn(*size, generator=generator, device=bench.device)
+        scaled: Tensor = values.div_(size[-1] ** 0.5).bfloat16()
+        return scaled
+
+    shared = SharedExpert(normal(2 * shape.intermediate, shape.hidden), normal(shape.hidden, shape.intermediate), 10)
+    return Router(normal(shape.experts, shape.hidden), shape.top_k, shape.routed_scaling, None, None), shared
 
 
 def tokens_of(shape: ModelShape, tokens: int, bench: Bench, *, own: bool) -> tuple[Tensor, list[int]]:
@@ -164,7 +169,7 @@ def tokens_of(shape: ModelShape, tokens: int, bench: Bench, *, own: bool) -> tup
     return (x[start : start + counts[bench.rank]].contiguous() if own else x), counts
 
 
-def communication(name: str, shape: ModelShape, layer: MoELayer, tokens: int, wire: Wire, bench: Bench) -> list[Sample]:
+def communication(name: str, shape: ModelShape, router: Router, tokens: int, wire: Wire, bench: Bench) -> list[Sample]:
     """Dispatch and combine of every strategy, alone, eager; lines with what the model predicts before any fit.
 
     Returns them for a fit.
@@ -174,7 +179,7 @@ def communication(name: str, shape: ModelShape, layer: MoELayer, tokens: int, wi
     for strategy in (*SAME_TOKENS, *OWN_TOKENS):
         combine = bench.groups.strategy(strategy, shape.experts, wire.payload, dtype)
         x, counts = tokens_of(shape, tokens, bench, own=combine.own_tokens)
-        topk = layer.router(x)
+        topk = router(x)
         routed = combine.dispatch(x, topk, counts)
         partial = torch.zeros(routed.x.shape[0], shape.hidden, device=bench.device)
         works = (partial_of(combine.dispatch, x, topk, counts), partial_of(combine, partial, routed))
@@ -192,6 +197,38 @@ def communication(name: str, shape: ModelShape, layer: MoELayer, tokens: int, wi
         if combine.own_tokens:
             samples.append(Sample(strategy, "dispatch", *of_model, dispatch))
     return samples
+
+
+def tail(
+    name: str, shape: ModelShape, router: Router, shared: SharedExpert, tokens: int, strategy: Name, bench: Bench
+) -> None:
+    """What a layer does after its experts, beside its parts: combine, shared expert, and the last sum.
+
+    hidden: (all parts − the tail) over the smaller of shared and combine, the median over rounds.
+    """
+    combine = bench.groups.strategy(strategy, shape.experts)
+    captured = bench.device.type == "cuda" and combine.capturable
+    x, counts = tokens_of(shape, tokens, bench, own=combine.own_tokens)
+    routed = combine.dispatch(x, router(x), counts)
+    partial = torch.zeros(routed.x.shape[0], shape.hidden, device=bench.device)
+    total, added, out = torch.zeros(x.shape, device=bench.device), torch.zeros_like(x), torch.empty_like(x)
+
+    def one(work: Callable[[], object]) -> Callable[[], object]:
+        return bench.graph([work]) if captured else work
+
+    works = {
+        "shared": one(lambda: shared(x)),
+        "combine": one(lambda: combine(partial, routed)),
+        "add": one(lambda: add_columns(total, added, out, 0)),
+        "tail": one(lambda: finish(x, [combine.begin(partial, routed)], shared)),
+    }
+    took = {
+        part: torch.tensor(us) for part, us in zip(works, bench.rounds(list(works.values()), _REPEATS), strict=True)
+    }
+    saved = took["shared"] + took["combine"] + took["add"] - took["tail"]
+    line: dict[str, Any] = {"kind": "tail", "shape": name, "tokens": tokens, "strategy": strategy, "captured": captured}
+    line |= {f"{part}_us": float(us.median()) for part, us in took.items()}
+    bench.add(line | {"hidden": float((saved / torch.minimum(took["shared"], took["combine"])).median())})
 
 
 def overlap(
@@ -327,6 +364,7 @@ def main(
     shape: Annotated[list[str], typer.Option(help=f"of {', '.join(SHAPES)}")] = ["flash", "few", "pro"],  # noqa: B006
     tokens: Annotated[list[int], typer.Option(help="of the group, to communicate")] = [1, 16, 128, 1024, 8192],  # noqa: B006
     layer_tokens: Annotated[list[int], typer.Option(help="of the group, of layers")] = [16, 1024, 8192],  # noqa: B006
+    whole_layers: Annotated[bool, typer.Option(help="with experts too, whose kernels are compiled first")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="where to write the lines, as they come")] = None,
 ) -> None:
     """Time every strategy and the overlap on all ranks of this host, one device each."""
@@ -355,10 +393,16 @@ def main(
     bench = Bench(rank, world, device, groups, [], about, json_file, side, pool)
     samples: list[Sample] = []
     for name in shape:
-        layers = build_layers(SHAPES[name], bench, LAYERS)
+        router, shared = router_and_shared(SHAPES[name], bench, torch.Generator(device).manual_seed(99))
         for count in tokens:
             for wire in (Wire(), Wire("fp8", 2)):
-                samples += communication(name, SHAPES[name], layers[0], count, wire, bench)
+                samples += communication(name, SHAPES[name], router, count, wire, bench)
+        for count in layer_tokens:
+            for strategy in (*SAME_TOKENS, *OWN_TOKENS):
+                tail(name, SHAPES[name], router, shared, count, strategy, bench)
+        if not whole_layers:
+            continue
+        layers = build_layers(SHAPES[name], bench, LAYERS)
         for count in layer_tokens:
             if gpu:
                 for captured in ("all_reduce", "reduce_scatter", "all_gather"):
