@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import exp, hypot, log
 from statistics import median
 from typing import Literal
 
@@ -14,6 +14,7 @@ Part = Literal["dispatch", "combine"]
 
 _FACTORS = (2.0, 1.3, 1.1, 1.03, 1.01)
 _ROUNDS = 400
+_CLOSE = 0.1  # below which errors count by their squares, so that the way to the least is smooth
 _CONSTANTS = ("call_us", "peer_us", "host_us", "pass_us", "copy_bytes_per_s")
 
 
@@ -50,7 +51,7 @@ class Fit:
 
 def fit(samples: Sequence[Sample], start: Network, source: str) -> Fit:
     """The constants from which the samples' predictions differ least, in the mean of the logarithms' magnitudes: small
-    times count as much as large ones, and one that was disturbed not more than any.
+    times count as much as large ones, and one that was disturbed little more than any.
 
     Each is changed by a factor, ever finer, as long as that helps. What no sample depends on stays as in `start`.
     """
@@ -72,7 +73,7 @@ def fit(samples: Sequence[Sample], start: Network, source: str) -> Fit:
 
 
 def _error(samples: Sequence[Sample], network: Network) -> float:
-    return sum(abs(log(sample.predicted(network) / sample.us)) for sample in samples) / len(samples)
+    return sum(hypot(log(sample.predicted(network) / sample.us), _CLOSE) for sample in samples) / len(samples)
 
 
 def _neighbours(network: Network, factor: float) -> list[Network]:

@@ -9,6 +9,7 @@ from moe_ep.bench.fit import Part, Sample, fit
 from moe_ep.cost import (
     OWN_TOKENS,
     SAME_TOKENS,
+    Choice,
     Name,
     Wire,
     choose,
@@ -109,6 +110,29 @@ def test_few_tokens_are_reduced_whole_many_are_scattered_and_far_ranks_exchange(
     captured = choose(True, Layout(32, 4), PRO, 131072, WIRE, SLINGSHOT, capturing=True)
     assert captured.name == "all_gather"
     assert captured.why.endswith("all_to_all cannot be captured")
+
+
+def test_what_was_measured_corrects_the_model() -> None:
+    layout = Layout(8, 4)
+    measured: dict[int, dict[Name, float]] = {
+        64: {"all_gather": 900.0, "all_to_all": 300.0},
+        4096: {"all_gather": 1000.0, "all_to_all": 1010.0},
+    }
+
+    def taken(tokens: int, *, capturing: bool = False) -> Choice:
+        return choose(True, layout, PRO, tokens, WIRE, SLINGSHOT, capturing=capturing, measured=measured)
+
+    assert choose(True, layout, PRO, 64, WIRE, SLINGSHOT).name == "all_gather"
+    at_64 = taken(64)
+    assert at_64.name == "all_to_all"
+    assert at_64.us == pytest.approx(measured[64]), "there it is what was measured"
+    assert "; as measured at 64 tokens" in at_64.why
+    assert taken(64, capturing=True).name == "all_gather"
+    assert taken(4096).name == "all_gather", "by one per cent, too"
+    assert taken(300).why.endswith("as measured at 64 tokens")
+    assert taken(600).why.endswith("as measured at 4096 tokens")
+    alone = choose(False, Layout(1, 1), PRO, 8, WIRE, SLINGSHOT, measured={8: {"all_reduce": 1, "reduce_scatter": 1}})
+    assert alone.us == {"all_reduce": 0, "reduce_scatter": 0}
 
 
 def test_more_bytes_a_second_never_take_longer() -> None:
