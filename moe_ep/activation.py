@@ -19,5 +19,6 @@ def swiglu_halves(gate_up: Tensor, limit: float | None) -> Tensor:
 
         if passes.takes(gate_up):
             return passes.swiglu(gate_up, limit)
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return swiglu(gate, up, limit).to(gate_up.dtype)
+    dtype, gate_up = gate_up.dtype, gate_up.float()  # the caller's goes where nobody else holds it
+    gate, up = gate_up.chunk(2, dim=-1)
+    return swiglu(gate, up, limit).to(dtype)
