@@ -33,7 +33,7 @@ PADDED = ModelShape(hidden=160, intermediate=256, layers=2, experts=5, top_k=3, 
 # On a GPU allocations are rounded, and a library's own among them.
 LARGE = ModelShape(hidden=2048, intermediate=1024, layers=2, experts=8, top_k=6, vocab=64)
 SHAPES = {"wide": WIDE, "deep": DEEP, "padded": PADDED} | ({"large": LARGE} if torch.cuda.is_available() else {})
-PARITY, TOKENS = 8, 64
+PARITY, TOKENS = 8, 16
 CASES = [
     *((way, *case) for way in ("reference", "interpreter") for case in (("wide", 1), ("deep", 2), ("padded", 1))),
     *((way, "large", cut) for way in WAYS if way == "cuda" for cut in (1, 2)),
