@@ -17,6 +17,10 @@ _POLL_S = 0.02
 _VARIABLES = ("NCCL_", "RCCL_", "FI_", "MOE_EP_TABLES", "TRITON_INTERPRET", "HSA_")
 _PER_RANK = ("NCCL_SOCKET_IFNAME", "NCCL_DEBUG_FILE", "NCCL_HOSTID")  # that may differ between hosts
 _SHOWN = 80
+_GRACE_S = 10.0
+"""What the others wait longer than rank 0, and it for them to read its verdict."""
+_VERDICT = "agreement/verdict"
+_AGREED, _DIFFER, _LATE = "agreed", "differ", "late"
 
 
 class DisagreementError(RuntimeError):
@@ -41,28 +45,45 @@ def configuration(run_dir: Path, described: Mapping[str, Any]) -> dict[str, str]
 def agree(store: "TCPStore", rank: int, world: int, mine: Mapping[str, str], timeout_s: float) -> str:
     """Compare with all ranks. Returns the hash that they share. Every rank must call it.
 
+    Rank 0 alone decides, of a rank that is late too, and the others wait a little longer than it does: so all end with
+    the same words. It holds the store, so it leaves only when all that are here have read them.
+
     Raises
     ------
     DisagreementError
         On every rank, if one differs from rank 0.
     TimeoutError
-        If a rank does not tell its configuration; names those.
+        On every rank, if one does not tell its configuration; names those. On the others, if rank 0 does not decide.
     """
     text = json.dumps(dict(mine), sort_keys=True)
     digest = _digest(text.encode())
     store.set(f"agreement/told/{rank}", text)
     store.set(f"agreement/hash/{rank}", digest)
     if rank == 0:
-        keys = [f"agreement/hash/{r}" for r in range(world)]
-        _wait(store, keys, timeout_s, "telling its configuration")
-        hashes = [bytes(one).decode() for one in store.multi_get(keys)]
-        others = [r for r, one in enumerate(hashes) if one != digest]
-        store.set("agreement/verdict", _differences(store, others, mine) if others else "")
-    _wait(store, ["agreement/verdict"], timeout_s, "comparing the ranks' configurations")
-    verdict = bytes(store.get("agreement/verdict")).decode()
-    if verdict:
-        raise DisagreementError(verdict)
-    return digest
+        kind, said = _decided(store, world, mine, digest, timeout_s)
+        store.set(_VERDICT, json.dumps([kind, said]))
+    elif not _come(store, [_VERDICT], timeout_s + _GRACE_S):
+        raise TimeoutError(f"not within {timeout_s + _GRACE_S:g} s: rank 0 comparing the configurations; see its log")
+    kind, said = json.loads(bytes(store.get(_VERDICT)))
+    if kind == _AGREED:
+        return digest
+    store.set(f"agreement/read/{rank}", "")
+    if rank == 0:
+        here = [r for r in range(world) if store.check([f"agreement/told/{r}"])]
+        _come(store, [f"agreement/read/{r}" for r in here], _GRACE_S)
+    raise TimeoutError(said) if kind == _LATE else DisagreementError(said)
+
+
+def _decided(store: "TCPStore", world: int, mine: Mapping[str, str], digest: str, timeout_s: float) -> tuple[str, str]:
+    """Rank 0's verdict, and its words."""
+    keys = [f"agreement/hash/{r}" for r in range(world)]
+    if not _come(store, keys, timeout_s):
+        missing = [str(r) for r, key in enumerate(keys) if not store.check([key])]
+        who = f"rank{'s'[: len(missing) > 1]} {', '.join(missing)}"
+        return _LATE, f"not within {timeout_s:g} s: {who} telling its configuration; see the log"
+    hashes = [bytes(one).decode() for one in store.multi_get(keys)]
+    others = [r for r, one in enumerate(hashes) if one != digest]
+    return (_DIFFER, _differences(store, others, mine)) if others else (_AGREED, "")
 
 
 def _differences(store: "TCPStore", others: list[int], first: Mapping[str, str]) -> str:
@@ -77,14 +98,14 @@ def _differences(store: "TCPStore", others: list[int], first: Mapping[str, str])
     return "the ranks were started with different configurations; " + "; ".join(lines)
 
 
-def _wait(store: "TCPStore", keys: list[str], timeout_s: float, what: str) -> None:
+def _come(store: "TCPStore", keys: list[str], timeout_s: float) -> bool:
+    """Whether all keys are set within that time."""
     deadline = time.monotonic() + timeout_s
     while not store.check(keys):
         if time.monotonic() > deadline:
-            missing = [key.rpartition("/")[2] for key in keys if not store.check([key])]
-            who = "rank 0" if missing == ["verdict"] else f"rank{'s'[: len(missing) > 1]} {', '.join(missing)}"
-            raise TimeoutError(f"not within {timeout_s:g} s: {who} {what}; see the log")
+            return False
         time.sleep(_POLL_S)
+    return True
 
 
 def _digest(data: bytes) -> str:

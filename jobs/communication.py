@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from moe_ep.cost import (
     OWN_TOKENS,
     SAME_TOKENS,
     Choice,
+    Measured,
     Name,
     Wire,
     choose,
@@ -33,6 +34,7 @@ from moe_ep.cost import (
 )
 from moe_ep.layer import MoELayer
 from moe_ep.network import Layout
+from moe_ep.spec import TopKOutput
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # not in __all__
@@ -61,37 +63,39 @@ class Communication:
         layout = Layout.of(where.group_size, request.ranks_per_node)
         self.groups: EpGroups = ep_groups(where.world, where.rank, layout, request.rank_timeout_s, watch)
         self.names = OWN_TOKENS if request.own_tokens else SAME_TOKENS
+        self.measured: dict[int, dict[Name, float]] = {}
+        self._choose = lru_cache(_KEPT)(self.choose)
+        self._cut = lru_cache(_KEPT)(self._parts)  # asked for by every layer of every pass
 
     def strategy(self, name: str) -> Combine:
         """A strategy by its name; "auto" for the cost model's choice."""
         if self.groups.whole is not None and name == "auto":
-            return Auto(
-                {one: self.strategy(one) for one in self.names}, self.groups.whole, lru_cache(_KEPT)(self.choose)
-            )
+            return Auto({one: self.strategy(one) for one in self.names}, self.groups.whole, self._choose)
         slots = len(self.request.slots[0]) if self.request.slots else self.request.shape.experts
         dtype = torch.float32 if self.wire.sum_bytes == 4 else torch.bfloat16
         return self.groups.strategy(name, slots, self.request.comm.payload, dtype)
 
     def choose(self, tokens: int, capturing: bool = False) -> Choice:
-        """For T tokens of the group."""
+        """For T tokens of the group: by the cost model, corrected by what this run has measured."""
+        return self._by_model(tokens, capturing, self.measured)
+
+    def _by_model(self, tokens: int, capturing: bool = False, measured: Measured | None = None) -> Choice:
         request = self.request
-        layout, network = self.groups.layout, request.comm.network
-        return choose(request.own_tokens, layout, request.shape, tokens, self.wire, network, capturing=capturing)
+        of_model = (request.own_tokens, self.groups.layout, request.shape, tokens, self.wire, request.comm.network)
+        return choose(*of_model, capturing=capturing, measured=measured)
 
     @property
-    def fractions(self) -> Callable[[int], tuple[float, ...]] | None:
-        """How a layer's rows are cut into chunks, if they are: by their number alone, so that ranks agree."""
-        request, layout = self.request, self.groups.layout
-        if not request.comm.chunked or self.groups.whole is None:
-            return None
+    def cut(self) -> Callable[[int], int] | None:
+        """Into how many ranges a layer's second GEMM is cut, if it is: by the number of rows alone, so that ranks
+        agree."""
+        return self._cut if self.request.comm.chunked and self.groups.whole is not None else None
 
-        @lru_cache(maxsize=_KEPT)  # asked for by every layer of every pass
-        def cut(rows: int) -> tuple[float, ...]:
-            comm, named = request.comm, [name for name in self.names if name == request.comm.strategy]
-            name = named[0] if named else self.choose(rows).name
-            return cut_for_overlap(name, layout, request.shape, rows, self.wire, comm.network, comm.device)
-
-        return cut
+    def _parts(self, rows: int) -> int:
+        request, comm = self.request, self.request.comm
+        named = [name for name in self.names if name == comm.strategy]
+        name = named[0] if named else self._choose(rows, False).name
+        of_model = (name, self.groups.layout, request.shape, rows, self.wire, comm.network, comm.device)
+        return cut_for_overlap(*of_model, whole_shared=not request.shard_shared_expert)
 
     def record(self) -> dict[str, Any]:
         """What was configured, and what would be taken for each batch size and why."""
@@ -112,46 +116,64 @@ class Communication:
     def line(self, layers: Mapping[int, MoELayer], batch: int) -> dict[str, Any]:
         """Every strategy's dispatch and combine of `batch` tokens of the group, of the slowest rank, beside the model.
 
-        chosen: by the cost model. over_best: its measured time over that of the fastest, less 1.
+        They are measured twice, in turn. After the first time `auto` takes the fastest at this number of tokens.
+        by_model: what it would have taken without; over_model: how far that is above the fastest. chosen, over_best:
+        what it takes from now on, by the second time, of which the lines are.
         """
         x, token_ids = tokens(self.request, self.where, batch, salt=-1)
-        layer = next(iter(layers.values()))
-        lines = [self._line(name, layer, batch, x, token_ids) for name in self.names]
-        chosen = self.choose(batch)
-        took = {line["strategy"]: line["dispatch_us"] + line["combine_us"] for line in lines}
+        topk = next(iter(layers.values())).route(x, token_ids)
+        trials = [self._trial(name, batch, x, topk) for name in self.names]
+        by_model = self._by_model(batch).name
+        took = {trial.name: trial.dispatch_us + trial.combine_us for trial in self._timed(trials)}
+        self.measured[batch] = took
+        self._choose.cache_clear()
+        self._cut.cache_clear()
+        chosen, again = self.choose(batch), self._timed(trials)
+        then = {trial.name: trial.dispatch_us + trial.combine_us for trial in again}
         return {
             "tokens": batch,
+            "by_model": by_model,
+            "over_model": took[by_model] / min(took.values()) - 1,
             "chosen": chosen.name,
             "why": chosen.why,
-            "over_best": took[chosen.name] / min(took.values()) - 1,
-            "strategies": lines,
+            "over_best": then[chosen.name] / min(then.values()) - 1,
+            "strategies": [self._line(trial, batch) for trial in again],
         }
 
-    def _line(self, name: Name, layer: MoELayer, batch: int, x: Tensor, token_ids: Tensor) -> dict[str, Any]:
-        request, where = self.request, self.where
-        combine, counts = self.strategy(name), where.tokens_of(request, batch)
-        topk = layer.route(x, token_ids)
+    def _trial(self, name: Name, batch: int, x: Tensor, topk: TopKOutput) -> "_Trial":
+        combine, counts = self.strategy(name), self.where.tokens_of(self.request, batch)
         routed = combine.dispatch(x, topk, counts, "comm stage")
-        summands = torch.zeros(routed.x.shape[0], request.shape.hidden, device=where.device)
-        of_model: tuple[Any, ...] = (name, self.groups.layout, request.shape, batch, self.wire, request.comm.network)
+        summands = torch.zeros(routed.x.shape[0], self.request.shape.hidden, device=self.where.device)
         before = self._sent()
         combine(summands, combine.dispatch(x, topk, counts, "comm stage"))
-        sent = self._sent() - before
+        return _Trial(
+            name,
+            lambda: combine.dispatch(x, topk, counts, "comm stage").x,
+            lambda: combine(summands, routed),
+            self._sent() - before,
+        )
+
+    def _timed(self, trials: Sequence["_Trial"]) -> list["_Trial"]:
+        """The medians of rounds, each of which does everything once."""
+        works = [work for trial in trials for work in (trial.dispatch, trial.combine)]
+        rounds = [[timed(work, self.where.device)[0] for work in works] for _ in range(self.request.repeats)]
+        ordered = [of_the_slowest_rank(list(times), self.where) for times in zip(*rounds, strict=True)]
+        us = [times[len(times) // 2] * 1e6 for times in ordered]
+        pairs = zip(trials, us[::2], us[1::2], strict=True)
+        return [replace(trial, dispatch_us=dispatch, combine_us=combine) for trial, dispatch, combine in pairs]
+
+    def _line(self, trial: "_Trial", batch: int) -> dict[str, Any]:
+        request = self.request
+        of_model: Any = (trial.name, self.groups.layout, request.shape, batch, self.wire, request.comm.network)
         return {
-            "strategy": name,
-            "dispatch_us": self._us(lambda: combine.dispatch(x, topk, counts, "comm stage").x),
-            "combine_us": self._us(lambda: combine(summands, routed)),
+            "strategy": trial.name,
+            "dispatch_us": trial.dispatch_us,
+            "combine_us": trial.combine_us,
             "predicted_dispatch_us": dispatch_us(*of_model),
             "predicted_combine_us": combine_us(*of_model),
-            "sent_bytes": sent,
+            "sent_bytes": trial.sent,
             "predicted_bytes": traffic(*of_model[:5]).total,
         }
-
-    def _us(self, work: Callable[[], Tensor]) -> float:
-        work()
-        seconds = [timed(work, self.where.device)[0] for _ in range(self.request.repeats)]
-        ordered = of_the_slowest_rank(seconds, self.where)
-        return ordered[len(ordered) // 2] * 1e6
 
     def _sent(self) -> int:
         return sum(group.sent for group in {id(group): group for group in self.groups.all}.values())
@@ -160,6 +182,18 @@ class Communication:
         """End the watches."""
         for watch in self._watches:
             watch.close()
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A strategy's two halves for one number of tokens, the bytes that they send, and what they took."""
+
+    name: Name
+    dispatch: Callable[[], Tensor]
+    combine: Callable[[], Tensor]
+    sent: int
+    dispatch_us: float = 0.0
+    combine_us: float = 0.0
 
 
 def _leave(log: EventLog, scratch: str | None, text: str) -> None:

@@ -148,7 +148,7 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
             with watch.during("loading"):
                 layers, loaded = stages.load(request, where, checkpoint, combine, exchange, loading)
             for layer in layers.values():
-                layer.fractions = comm.fractions
+                layer.cut = comm.cut
             held = watch.now
             data |= loaded
         arrivals.tell(0, ended=True)

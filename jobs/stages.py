@@ -22,9 +22,10 @@ from moe_ep.backends.base import MoEBackend
 from moe_ep.bench.cases import RankShape
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Combine
+from moe_ep.cost import Wire
 from moe_ep.dense import dense_layer
 from moe_ep.exchange import ColumnExchange
-from moe_ep.footprint import WORK_OF, work_bytes
+from moe_ep.footprint import WORK_OF, Sharing, work_bytes
 from moe_ep.layer import MoELayer
 from moe_ep.loading import Reading, load_layers
 from moe_ep.placement import WHOLE, Placement, Slice
@@ -157,6 +158,12 @@ def planned_work(request: ProbeRequest, where: Place, impl: str) -> dict[str, in
         kernels=impl != "reference",
         presharded=request.presharded is not None and request.kind == "probe",
         fp8=request.activation_dtype == "fp8",
+        sharing=Sharing(
+            where.group_size if request.own_tokens else 1,
+            Wire(request.comm.payload).row_bytes(request.shape),
+            exchanges=where.device.type == "cpu" or request.comm.strategy != "all_gather",
+            gpu=where.device.type != "cpu",
+        ),
     )
     parts = {part: count for part, count in work.items() if part in WORK_OF.get(request.kind, work)}
     needed = where.device.type != "cpu" or request.read_direct

@@ -13,7 +13,8 @@ from launcher.schema import Config
 from launcher.topology import RankPlace, rank_places
 from launcher.units import GB, size
 from moe_ep.attention import INDEXED_RATIO, AttentionShape
-from moe_ep.footprint import WORK_OF, pass_bytes, work_bytes
+from moe_ep.cost import Wire
+from moe_ep.footprint import WORK_OF, Sharing, pass_bytes, work_bytes
 from moe_ep.headers import CONFIG, CheckpointError, CheckpointHeaders, checked, read_headers
 from moe_ep.reading import buffer_bytes
 from moe_ep.shape import ModelShape
@@ -168,6 +169,9 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
     job = config.job
     tokens = config.engine.limits.step_tokens if serves else max(_passes(config))
     fp8 = config.backend.activation_dtype == "fp8"
+    own = topology.ep if topology.own_tokens else 1
+    gpu, exchanges = cluster.arch != "cpu", cluster.arch == "cpu" or config.comm.strategy != "all_gather"
+    sharing = Sharing(own, Wire(config.comm.payload).row_bytes(shape), exchanges, gpu)
     work = work_bytes(
         shape,
         len(layers),
@@ -180,6 +184,7 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
         kernels=_computed_by_kernels(config),
         presharded=config.model.presharded is not None and job.kind == "probe",
         fp8=fp8,
+        sharing=sharing,
     )
     parts = {part: count for part, count in work.items() if part in WORK_OF.get(job.kind, work)}
     buffers = buffer_bytes(job.reading.threads) if cluster.arch != "cpu" or job.reading.direct else 0
@@ -237,7 +242,9 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
         Item(
             "workspace",
             max(parts.values()),
-            pass_bytes(shape, tokens, expert_tp=topology.expert_tp, shared_tp=topology.shared_tp, fp8=fp8),
+            pass_bytes(
+                shape, tokens, expert_tp=topology.expert_tp, shared_tp=topology.shared_tp, fp8=fp8, sharing=sharing
+            ),
             f"{', '.join(f'{part} {size(count)}' for part, count in parts.items())}: the largest; {tokens} tokens",
         ),
         Item(

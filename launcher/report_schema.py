@@ -175,10 +175,13 @@ class StrategyPart(_Part):
 
 
 class CommunicationPart(_Part):
-    """One number of tokens of an EP group: the cost model's choice, why, and by how much it is slower than the fastest
-    that was measured (0: it is the fastest)."""
+    """One number of tokens of an EP group, measured twice. by_model: the cost model's choice, by over_model slower than
+    the fastest of the first time (0: it is the fastest). chosen: what auto takes since, and why; over_best: the same of
+    it, by the second time."""
 
     tokens: int
+    by_model: str | None = None
+    over_model: float | None = None
     chosen: str
     why: str
     over_best: float

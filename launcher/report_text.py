@@ -106,7 +106,7 @@ def _service_rows(service: dict[str, Any] | None) -> list[tuple[str, str, str]]:
 
 
 def _communication(line: dict[str, Any]) -> str:
-    """Every strategy's measured and predicted µs; the one that the cost model takes with a star."""
+    """Every strategy's measured and predicted µs; the one that is taken with a star."""
 
     def shown(one: dict[str, Any]) -> str:
         us = one["dispatch_us"] + one["combine_us"]
@@ -114,7 +114,10 @@ def _communication(line: dict[str, Any]) -> str:
         return f"{one['strategy']}{'*' * (one['strategy'] == line['chosen'])} {us:,.0f} ({predicted:,.0f}) µs"
 
     text = "; ".join(map(shown, line["strategies"]))
-    return f"{text}; the choice (*) is {line['over_best']:.0%} above the best"
+    said = f"{text}; the choice (*) is {line['over_best']:.0%} above the best"
+    if line.get("over_model") is None:
+        return said
+    return f"{said}, the cost model's alone was {line['over_model']:.0%}"
 
 
 def _balance(load: dict[str, Any]) -> str:

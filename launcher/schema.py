@@ -48,7 +48,10 @@ class LinkFigures(_Section):
 
 
 class NetworkFigures(_Section):
-    """What communication costs on a cluster, for comm.strategy auto: see moe_ep/network.py. source: where from."""
+    """What communication costs on a cluster, for comm.strategy auto: see moe_ep/network.py. source: where from.
+
+    copy_gb_per_s: read plus written, GB/s (decimal), where a rank packs rows; pass_us: of such a pass besides.
+    """
 
     call_us: float = Field(ge=0)
     peer_us: float = Field(ge=0)
@@ -56,11 +59,15 @@ class NetworkFigures(_Section):
     node: LinkFigures
     fabric: LinkFigures
     source: Text
+    copy_gb_per_s: float = Field(default=3500, gt=0)
+    pass_us: float = Field(default=3, ge=0)
 
     @property
     def network(self) -> Network:
         """As the cost model takes it."""
-        return Network(self.call_us, self.peer_us, self.host_us, self.node.link, self.fabric.link, self.source)
+        links = (self.node.link, self.fabric.link)
+        times = (self.call_us, self.peer_us, self.host_us)
+        return Network(*times, *links, self.source, self.copy_gb_per_s * 1e9, self.pass_us)
 
 
 class Cluster(_Section):

@@ -4,10 +4,10 @@ T: tokens of the group, H: hidden, k: routes a token, p: ranks, n: nodes, q: ran
 which partials are added up, row: bytes of a token on its way to the experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, comb, log2
-from typing import Literal
+from typing import Any, Literal
 
 from moe_ep.network import Device, Layout, Network
 from moe_ep.shape import FP8_BLOCK, ModelShape
@@ -107,26 +107,36 @@ def traffic(name: Name, layout: Layout, shape: ModelShape, tokens: float, wire: 
 
 def dispatch_us(name: Name, layout: Layout, shape: ModelShape, tokens: float, wire: Wire, network: Network) -> float:
     """Until the experts have what they compute on."""
-    row = wire.row_bytes(shape)
+    row, state = wire.row_bytes(shape), 2 * shape.hidden
+    if layout.ranks == 1 or name in SAME_TOKENS:
+        return 0.0
+    packed = network.pass_over(ceil(tokens / layout.ranks) * (state + row))
     if name == "all_gather":
-        return _gather_us(layout, tokens * row, network)
-    if name == "all_to_all":
-        return _exchange_us(layout, shape, tokens, row, network, asks=True)
-    return 0.0
+        return packed + _gather_us(layout, tokens * row, network) + network.pass_over(tokens * (row + state))
+    found = tokens / layout.ranks * (1 + sum(copies(layout, shape.experts, shape.top_k)))
+    return (
+        packed + _exchange_us(layout, shape, tokens, row, network, asks=True) + network.pass_over(found * (row + state))
+    )
 
 
 def combine_us(name: Name, layout: Layout, shape: ModelShape, tokens: float, wire: Wire, network: Network) -> float:
     """From the partials to the sum."""
-    size = tokens * shape.hidden * wire.sum_bytes
     if layout.ranks == 1:
         return 0.0
+    elements, mine = tokens * shape.hidden, tokens / layout.ranks * shape.hidden
+    size = elements * wire.sum_bytes
+    cast = network.pass_over(elements * (4 + wire.sum_bytes)) if wire.sum_bytes != 4 else 0.0  # partials are f32
     if name == "all_reduce":
-        return _reduce_us(layout, size, network)
+        return cast + _reduce_us(layout, size, network)
     if name == "reduce_scatter":
-        return _gather_us(layout, size, network) + _gather_us(layout, tokens * shape.hidden * 2, network)
+        rounded = network.pass_over(mine * (4 + 2)) if wire.sum_bytes != 2 else 0.0
+        return cast + _gather_us(layout, size, network) + rounded + _gather_us(layout, elements * 2, network)
     if name == "all_gather":
-        return _gather_us(layout, size, network)
-    return _exchange_us(layout, shape, tokens, shape.hidden * wire.sum_bytes, network, asks=False)
+        return cast + _gather_us(layout, size, network)
+    # A row for every copy, and all of them are added up where the token is.
+    sent = mine * sum(copies(layout, shape.experts, shape.top_k))
+    added = network.pass_over((mine + 3 * sent) * wire.sum_bytes)
+    return _exchange_us(layout, shape, tokens, shape.hidden * wire.sum_bytes, network, asks=False) + added
 
 
 def _reduce_us(layout: Layout, size: float, network: Network) -> float:
@@ -232,6 +242,10 @@ class Choice:
     why: str
 
 
+Measured = Mapping[int, Mapping[Name, float]]
+"""µs of dispatch and combine of every strategy, by the group's number of tokens."""
+
+
 def choose(
     own_tokens: bool,
     layout: Layout,
@@ -241,30 +255,38 @@ def choose(
     network: Network,
     *,
     capturing: bool = False,
+    measured: Measured | None = None,
 ) -> Choice:
     """The strategy with the least predicted communication for T tokens of the group.
 
     all_reduce and all_gather stay unless the other is expected to be faster by 10 %; an all-to-all, which cannot be
-    captured in a CUDA graph, is left out while `capturing`.
+    captured in a CUDA graph, is left out while `capturing`. With times that were `measured`, predictions are multiplied
+    by what they missed at the nearest number of tokens, so that there the fastest is taken.
     """
     names = OWN_TOKENS if own_tokens else SAME_TOKENS
-    us = {
-        name: dispatch_us(name, layout, shape, tokens, wire, network)
-        + combine_us(name, layout, shape, tokens, wire, network)
-        for name in names
-    }
+
+    def predicted(name: Name, tokens: int) -> float:
+        of_model: Any = (name, layout, shape, tokens, wire, network)
+        return dispatch_us(*of_model) + combine_us(*of_model)
+
+    us = {name: predicted(name, tokens) for name in names}
+    near, known = _NEAR, ""
+    if measured:
+        at = min(measured, key=lambda t: abs(log2(max(t, 1) / max(tokens, 1))))
+        us = {name: us[name] * measured[at][name] / predicted(name, at) if us[name] else 0.0 for name in names}
+        near, known = 0.0, f"; as measured at {at} tokens"
     open_to = [name for name in names if not (capturing and name == "all_to_all")]
-    best = min(open_to, key=lambda name: us[name] * (1 + _NEAR * (name != names[0])))
+    best = min(open_to, key=lambda name: us[name] * (1 + near * (name != names[0])))
     sent = {name: traffic(name, layout, shape, tokens, wire) for name in names}
     said = ", ".join(f"{name} {us[name]:.0f} µs ({sent[name].total / 1e6:.2f} MB sent a rank)" for name in names)
     whose = "of its own" if own_tokens else "that all ranks have"
     where = f"{layout.ranks} ranks on {layout.nodes} node{'s'[: layout.nodes > 1]}"
     left_out = "; all_to_all cannot be captured" if capturing and own_tokens else ""
-    return Choice(best, tokens, us, f"{tokens} tokens, each rank with tokens {whose}, {where}: {said}{left_out}")
+    return Choice(best, tokens, us, f"{tokens} tokens, each rank with tokens {whose}, {where}: {said}{known}{left_out}")
 
 
 def pipeline_us(compute: Sequence[float], combine: Sequence[float]) -> float:
-    """Chunks that are computed one after the other, each combined while the next are computed: µs until all are."""
+    """Ranges that are computed one after the other, each combined while the next are computed: µs until all are."""
     computed = combined = 0.0
     for a, b in zip(compute, combine, strict=True):
         computed += a
@@ -272,22 +294,39 @@ def pipeline_us(compute: Sequence[float], combine: Sequence[float]) -> float:
     return combined
 
 
-_CUTS = ((1.0,), (0.5, 0.5), (0.75, 0.25), (0.25, 0.75), (0.875, 0.125), (0.125, 0.875), (0.25,) * 4, (0.125,) * 8)
+_PARTS = (1, 2, 4)
+_DOWN = 1 / 3  # of the experts' work: w2's, of three matrices
+_RANGE_US = 20.0  # that a range of columns costs more, by Flash at 1 024 tokens on two H200
+_BESIDE = 132 / 108  # a range is made on the multiprocessors that the collective beside it leaves (H200)
 
 
 def cut_for_overlap(
-    name: Name, layout: Layout, shape: ModelShape, tokens: int, wire: Wire, network: Network, device: Device
-) -> tuple[float, ...]:
-    """The fractions in which a prefill is cut so that the combine of a chunk lies under the experts of the next.
+    name: Name,
+    layout: Layout,
+    shape: ModelShape,
+    tokens: int,
+    wire: Wire,
+    network: Network,
+    device: Device,
+    *,
+    whole_shared: bool = True,
+) -> int:
+    """Into how many ranges of columns the second GEMM of T tokens is cut, so that the combine of one lies under the
+    next, and that of the last under the shared expert where every rank computes all of it.
 
-    Each chunk reads the experts that it hits anew, so a cut pays only where that is short beside the combine.
-    all_to_all is not cut.
+    No weight is read twice, but every range has its launches and each collective its steps; what the shared expert
+    hides anyway needs no cut. all_to_all is not cut.
     """
     if name == "all_to_all" or layout.ranks == 1:
-        return (1.0,)
+        return 1
+    down = _DOWN * op_us(layout, shape, tokens, device)
+    mine = tokens if name in SAME_TOKENS else ceil(tokens / layout.ranks)
+    shared = shared_us(shape, mine, device) / _REACHED if whole_shared else 0.0
 
-    def us(fractions: Sequence[float]) -> float:
-        compute = [op_us(layout, shape, tokens * f, device) for f in fractions]
-        return pipeline_us(compute, [combine_us(name, layout, shape, tokens * f, wire, network) for f in fractions])
+    def us(parts: int) -> float:
+        one = down / parts + (_RANGE_US if parts > 1 else 0.0)
+        computed = [one, *[one * _BESIDE] * (parts - 1)]
+        combined = [combine_us(name, layout, shape, tokens / parts, wire, network)] * parts
+        return max(sum(computed) + shared, pipeline_us(computed, combined))
 
-    return min(_CUTS, key=us)
+    return min((parts for parts in _PARTS if shape.hidden % (16 * parts) == 0), key=us)

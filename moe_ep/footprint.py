@@ -4,6 +4,8 @@ The figures follow what the code allocates: tensors that live at the same time, 
 takes within an operation (a matrix product's workspace, a collective's buffers) is not in them.
 """
 
+from dataclasses import dataclass
+
 from moe_ep.ranges import EXCHANGE_BYTES
 from moe_ep.shape import KERNEL_GROUP, MXFP4_BLOCK, ModelShape
 
@@ -13,6 +15,22 @@ _ORDER, _DEQUANTISE, _DEQUANTISE_FP8 = 9 + 1 / 32, 13.0, 12.0
 _PACKED = 1 / 2 + 1 / MXFP4_BLOCK
 _BLOCK_ENDS = 1.0
 """Of a route: where its block of a grouped GEMM lies (three int32 for at least 16 routes)."""
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a pass's tokens lie on the ranks that combine experts. own: ranks that have tokens of their own, a share of
+    the pass each; 1 where all have the same. row_bytes: of a token on its way to other ranks. exchanges: whether sums
+    come back as rows of every rank, as of an all-to-all and of gloo's reduce-scatter. gpu: activation and sums take one
+    pass each, and the router no copy in f32."""
+
+    own: int = 1
+    row_bytes: int = 0
+    exchanges: bool = True
+    gpu: bool = False
+
+
+ALIKE = Sharing()
 
 WORK_OF = {
     "preshard": ("loading",),
@@ -36,6 +54,7 @@ def work_bytes(
     kernels: bool = True,
     presharded: bool = False,
     fp8: bool = False,
+    sharing: Sharing = ALIKE,
 ) -> dict[str, int]:
     """Of a probe, by part of its work; one part follows another. `tokens`: of its largest pass. `parity_share`: ranks
     that share out the comparison. `kernels`: whether they compute, or the reference. `presharded`: nothing is
@@ -45,8 +64,8 @@ def work_bytes(
     mine = -(-parity_tokens // parity_share)
     return {
         "loading": loading,
-        "parity": parity_bytes(shape, parity_tokens, mine, **cut, kernels=kernels, fp8=fp8),
-        "largest pass": pass_bytes(shape, tokens, **cut, kernels=kernels, kept=parity_tokens, fp8=fp8),
+        "parity": parity_bytes(shape, parity_tokens, mine, **cut, kernels=kernels, fp8=fp8, sharing=sharing),
+        "largest pass": pass_bytes(shape, tokens, **cut, kernels=kernels, kept=parity_tokens, fp8=fp8, sharing=sharing),
     }
 
 
@@ -79,22 +98,35 @@ def pass_bytes(
     kernels: bool = True,
     kept: int = 0,
     fp8: bool = False,
+    sharing: Sharing = ALIKE,
 ) -> int:
-    """The most while one layer after another takes `tokens` tokens: its input, the output of the one before, and either
-    what the router or what the shared expert takes beside the sum of the routed experts.
+    """The most while one layer after another takes `tokens` tokens: its input, the output of the one before, and what
+    the router, the dispatch or the shared expert takes beside the sum of the routed experts.
 
+    Of tokens that ranks have of their own each has its share, and the experts all of them: gathered as rows, which are
+    unpacked, and their sums scattered; an all-to-all, which moves fewer, is planned as if every rank were hit.
     `kept`: tokens of a pass before, whose workspace stays beside the larger one (`moe_ep.workspace`).
     """
-    hidden, inner = shape.hidden, shape.intermediate // expert_tp
+    hidden, inner, own = shape.hidden, shape.intermediate // expert_tp, sharing.own
     shared = shape.shared_experts * shape.intermediate // shared_tp
-    passed_on = tokens * (2 * 2 * hidden + 8 + 8 * shape.top_k)
-    router = 4 * shape.experts * (hidden + tokens) + 4 * hidden * tokens
-    after = tokens * (4 * hidden + max(24 * shared, 6 * hidden))
+    mine = -(-tokens // own)
+    passed_on = mine * (2 * 2 * hidden + 8 + 8 * shape.top_k)
+    gathered = tokens * (2 * hidden + 8 * shape.top_k) if own > 1 else 0
+    packed = (mine + tokens) * sharing.row_bytes if own > 1 else 0
+    scattered = 4 * hidden * (tokens if sharing.exchanges else mine) if own > 1 else 0
+    if sharing.gpu:
+        router = 3 * 4 * shape.experts * mine
+        beside = max(6 * shared, 2 * shared + 2 * hidden, 4 * hidden)
+    else:
+        router = 4 * shape.experts * (hidden + mine) + 4 * hidden * mine
+        beside = max(24 * shared, (6 if own == 1 else 12) * hidden)
+    after = gathered + scattered + 4 * hidden * tokens + beside * (tokens if shared_tp > 1 else mine)
+    most = max(router, gathered + packed, after)
     if kernels:
-        return passed_on + kept_bytes(shape, tokens, expert_tp=expert_tp, before=kept, fp8=fp8) + max(router, after)
+        return passed_on + kept_bytes(shape, tokens, expert_tp=expert_tp, before=kept, fp8=fp8) + most
     # The reference: input, sum, result and an expert's output in f32, beside the next one's w13 on its way to f32.
-    experts = 4 * 4 * hidden * tokens + int(_DEQUANTISE * 2 * hidden * inner)
-    return passed_on + max(router, after, experts)
+    experts = gathered + 4 * 4 * hidden * tokens + int(_DEQUANTISE * 2 * hidden * inner)
+    return passed_on + max(most, experts)
 
 
 def kept_bytes(shape: ModelShape, tokens: int, *, expert_tp: int = 1, before: int = 0, fp8: bool = False) -> int:
@@ -117,6 +149,7 @@ def parity_bytes(
     shared_tp: int = 1,
     kernels: bool = True,
     fp8: bool = False,
+    sharing: Sharing = ALIKE,
 ) -> int:
     """The most while a layer is held against the dense reference: `tokens` pass, `mine` of them are compared.
 
@@ -130,7 +163,7 @@ def parity_bytes(
     shared = (2 * 4 + _DEQUANTISE_FP8 + 3) * matrix * shape.shared_experts
     router = 2 * shape.experts * shape.hidden + (8 * shape.vocab * shape.top_k if shape.hash_layers else 0)
     reference = kept + 4 * shape.hidden * tokens + 8 * shape.hidden * mine + router + int(max(routed, shared))
-    return max(reference, pass_bytes(shape, tokens, **cut, kernels=kernels, fp8=fp8))
+    return max(reference, pass_bytes(shape, tokens, **cut, kernels=kernels, fp8=fp8, sharing=sharing))
 
 
 def _ordering(rows: int, width: int, local_experts: int) -> float:

@@ -37,7 +37,7 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise [M, C] to float8_e4m3fn [M, C] and scales uint8 [M, ⌈C/128⌉], value 2^(byte−127), one for each 128.
 
     As V4's activations: the smallest power of two under which the largest magnitude, at least 1e-4, is within 448.
-    What is not finite becomes NaN.
+    What is not finite becomes NaN, and what passes 448 beside it.
     """
     rows, columns = x.shape
     blocks = -(-columns // FP8_BLOCK)
@@ -45,7 +45,9 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     amax = padded.abs().amax(-1).nan_to_num(_E4M3_MAX, posinf=_E4M3_MAX).clamp(min=1e-4)
     mantissa, exponent = torch.frexp(amax / _E4M3_MAX)  # exact, where a logarithm next to a power of two is not
     exponent = exponent - (mantissa == 0.5).int()
-    codes = torch.ldexp(padded, -exponent[..., None]).to(torch.float8_e4m3fn)
+    scaled = torch.ldexp(padded, -exponent[..., None])
+    # Past 448 is only what stands beside something that is not finite; some versions of torch would make it 448.
+    codes = scaled.masked_fill(~(scaled.abs() <= _E4M3_MAX), float("nan")).to(torch.float8_e4m3fn)
     return codes.flatten(1)[:, :columns], (exponent + 127).to(torch.uint8)
 
 

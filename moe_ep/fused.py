@@ -1,9 +1,10 @@
 """`fused_moe_mxfp4`: the experts of one rank as one function."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import get_args
+from types import ModuleType
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -81,6 +82,94 @@ def fused_moe_mxfp4(
     ValueError, TypeError
         If a shape, dtype or device does not fit; names the argument.
     """
+    module, inputs = _checked(
+        *(hidden_states, w13, w13_scale, w2, w2_scale, topk_ids, topk_weights, b13, b2, expert_map, swiglu_limit),
+        *(activation_dtype, weight_order, impl, out_dtype),
+    )
+    if out is not None:
+        _check_out(out, hidden_states, out_dtype)
+    else:
+        out = torch.empty_like(
+            hidden_states, dtype=out_dtype or hidden_states.dtype, memory_format=torch.contiguous_format
+        )
+    experts: Callable[..., None] = module.experts
+    experts(*inputs, out, activation_dtype)
+    return out
+
+
+def fused_moe_mxfp4_by_columns(
+    hidden_states: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    *,
+    parts: int,
+    spare: int = 0,
+    b13: Tensor | None = None,
+    b2: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    swiglu_limit: float | None = 10.0,
+    activation_dtype: ActivationDtype = "bf16",
+    weight_order: Order = "checkpoint",
+    impl: str = "auto",
+    out_dtype: torch.dtype | None = None,
+) -> Iterator[Tensor]:
+    """`fused_moe_mxfp4`, its result in `parts` ranges of columns [M, H / parts] that come as soon as each is computed.
+
+    The second GEMM is made a range at a time, so that what was given can be sent on while the next is made: no weight
+    is read twice. All ranges must be taken before another op begins on the stream. Where an implementation makes only
+    the whole, or cannot cut it there, the ranges are copies of the whole's.
+
+    Parameters
+    ----------
+    parts: a divisor of H
+    spare: multiprocessors that are left to what runs beside all ranges but the first, where kernels take them all
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `fused_moe_mxfp4`, or if `parts` does not divide H.
+    """
+    hidden = hidden_states.shape[-1]
+    if parts < 1 or hidden % parts:
+        raise ValueError(f"parts is {parts}, expected a divisor of H = {hidden}")
+    module, inputs = _checked(
+        *(hidden_states, w13, w13_scale, w2, w2_scale, topk_ids, topk_weights, b13, b2, expert_map, swiglu_limit),
+        *(activation_dtype, weight_order, impl, out_dtype),
+    )
+    dtype, tokens = out_dtype or hidden_states.dtype, hidden_states.shape[0]
+    by_columns: Callable[..., Iterator[None]] | None = getattr(module, "experts_by_columns", None)
+    if by_columns is None:
+        whole = torch.empty(tokens, hidden, dtype=dtype, device=hidden_states.device)
+        module.experts(*inputs, whole, activation_dtype)
+        yield from (part.contiguous() for part in whole.chunk(parts, 1))
+        return
+    outs = [torch.empty(tokens, hidden // parts, dtype=dtype, device=hidden_states.device) for _ in range(parts)]
+    for out, _ in zip(outs, by_columns(*inputs, outs, activation_dtype, spare), strict=True):
+        yield out
+
+
+def _checked(
+    hidden_states: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor,
+    w2: Tensor,
+    w2_scale: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    expert_map: Tensor | None,
+    swiglu_limit: float | None,
+    activation_dtype: ActivationDtype,
+    weight_order: Order,
+    impl: str,
+    out_dtype: torch.dtype | None,
+) -> tuple[ModuleType, tuple[Any, ...]]:
+    """The implementation, and what it takes before the result."""
     for name, given, known in (
         ("weight_order", weight_order, get_args(Order)),
         ("activation_dtype", activation_dtype, get_args(ActivationDtype)),
@@ -92,8 +181,6 @@ def fused_moe_mxfp4(
         raise ValueError(f"swiglu_limit is {swiglu_limit!r}, expected a finite number above 0, or None")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype is {out_dtype}, expected a floating-point type")
-    if out is not None:
-        _check_out(out, hidden_states, out_dtype)
     weights = ExpertWeights(
         w13.contiguous(),
         w13_scale.view(torch.uint8).contiguous(),
@@ -103,22 +190,14 @@ def fused_moe_mxfp4(
         None if b2 is None else b2.float().contiguous(),
         weight_order,
     )
-    experts: Callable[..., None] = import_module(_IMPLS[_resolve(impl, hidden_states, weights.inner)]).experts
-    if out is None:
-        out = torch.empty_like(
-            hidden_states, dtype=out_dtype or hidden_states.dtype, memory_format=torch.contiguous_format
-        )
-    experts(
+    return import_module(_IMPLS[_resolve(impl, hidden_states, weights.inner)]), (
         hidden_states.contiguous(),
         weights,
         topk_ids.contiguous(),
         None if expert_map is None else expert_map.to(topk_ids.device).contiguous(),
         topk_weights.float().contiguous(),
         swiglu_limit,
-        out,
-        activation_dtype,
     )
-    return out
 
 
 def _resolve(impl: str, hidden_states: Tensor, inner: int) -> str:

@@ -1,16 +1,19 @@
 """`MoELayer`: router, this rank's experts, the shared expert, and the combine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from moe_ep.activation import swiglu
-from moe_ep.backends.base import MoEBackend
-from moe_ep.comm import Combine, Pending, Routed
+from moe_ep.activation import swiglu_halves
+from moe_ep.backends.base import MoEBackend, Mxfp4Backend
+from moe_ep.comm import SPARED, Combine, Pending, Routed, let_collectives_begin
 from moe_ep.routing import Router
 from moe_ep.slots import SlotMap
 from moe_ep.spec import SwigluArg, TopKOutput
+
+_TILE = 256 * 128  # elements that a block of cuBLAS's makes at once
+_ROUNDS = 3
 
 
 class SharedExpert(nn.Module):
@@ -27,9 +30,17 @@ class SharedExpert(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """bf16 [M, H] of hidden_states bf16 [M, H]."""
-        gate, up = torch.nn.functional.linear(hidden_states, self.w13).float().chunk(2, dim=-1)
-        hidden = swiglu(gate, up, self.swiglu_limit).to(hidden_states.dtype)
+        hidden = swiglu_halves(torch.nn.functional.linear(hidden_states, self.w13), self.swiglu_limit)
         return torch.nn.functional.linear(hidden, self.w2)
+
+    def fills(self, tokens: int) -> bool:
+        """Whether its matmuls take all multiprocessors several times over, so that some less cost them their share and
+        not a round."""
+        tiles = tokens * self.w13.shape[0] / _TILE
+        return (
+            self.w13.is_cuda
+            and tiles >= _ROUNDS * torch.cuda.get_device_properties(self.w13.device).multi_processor_count
+        )
 
 
 class RoutedExperts(nn.Module):
@@ -51,6 +62,15 @@ class RoutedExperts(nn.Module):
         tokens = hidden_states.shape[0]
         return self.backend.forward(self, hidden_states, topk_output, tokens, tokens)
 
+    def by_columns(self, hidden_states: Tensor, topk_output: object, parts: int) -> Iterator[Tensor]:
+        """`forward` in `parts` ranges of columns [M, H / parts], each as soon as it is computed."""
+        if parts == 1:
+            yield self(hidden_states, topk_output)
+        elif isinstance(self.backend, Mxfp4Backend):
+            yield from self.backend.by_columns(self, hidden_states, topk_output, parts, SPARED)
+        else:
+            yield from (part.contiguous() for part in self(hidden_states, topk_output).chunk(parts, 1))
+
 
 class MoELayer(nn.Module):
     """One MoE layer of DeepSeek-V4 on one rank of its EP group.
@@ -60,8 +80,8 @@ class MoELayer(nn.Module):
     combine; where each holds a slice of it, a part of the sum, before.
 
     `slots` says which slot of which rank computes a route, where experts are arranged otherwise than in order.
-    `fractions` cuts the rows that the experts compute (a number of rows → fractions) into chunks: each is reduced while
-    the next is computed; all ranks must cut alike. Both None for none.
+    `cut` says into how many ranges of columns the second GEMM is cut for a number of rows, a divisor of H: each is
+    reduced while the next is computed; all ranks must cut alike. Both None for none.
     """
 
     load: Tensor | None
@@ -75,7 +95,7 @@ class MoELayer(nn.Module):
         *,
         shared_is_sharded: bool = False,
         slots: SlotMap | None = None,
-        fractions: Callable[[int], Sequence[float]] | None = None,
+        cut: Callable[[int], int] | None = None,
     ) -> None:
         super().__init__()
         if shared_is_sharded and combine.name == "all_to_all":
@@ -89,7 +109,7 @@ class MoELayer(nn.Module):
         self.combine = combine
         self.shared_expert = shared_expert
         self.slots = slots
-        self.fractions = fractions
+        self.cut = cut
         self.register_buffer("load", None, persistent=False)
 
     def record_load(self) -> None:
@@ -125,20 +145,46 @@ class MoELayer(nn.Module):
         topk = self.route(hidden_states, token_ids)
         place = self.experts.backend.spec.prefix
         routed = self.combine.dispatch(hidden_states, topk, counts, place)
-        rows = routed.x.shape[0]
-        fractions = self.fractions(rows) if self.fractions is not None else (1.0,)
-        under_way = [(part, self._begin(chunk)) for part, chunk in self.combine.chunks(routed, fractions)]
-        shared = None
-        if self.shared_expert is not None and not self.shared_is_sharded:
-            shared = self.shared_expert(hidden_states)
-        out = torch.empty_like(hidden_states)
-        for part, pending in under_way:
-            total = pending.wait()
-            out[part] = total if shared is None else total + shared[part]
-        return out
+        wanted = self.cut(routed.x.shape[0]) if self.cut is not None else 1
+        parts = self.combine.parts(routed, wanted)
+        under_way = [self.combine.begin(partial, routed) for partial in self._partials(routed, parts)]
+        whole = None if self.shared_is_sharded else self.shared_expert
+        return finish(hidden_states, under_way, whole, collective=self.combine.name != "none")
 
-    def _begin(self, routed: Routed) -> Pending:
-        partial = self.experts(routed.x, routed.topk)
+    def _partials(self, routed: Routed, parts: int) -> Iterator[Tensor]:
+        """The partial in ranges of columns, with the rank's slice of the shared expert where it has one."""
+        shared = None
         if self.shared_expert is not None and self.shared_is_sharded:
-            partial = partial + self.shared_expert(routed.x)
-        return self.combine.begin(partial, routed)
+            shared = self.shared_expert(routed.x).chunk(parts, 1)
+        for part, partial in enumerate(self.experts.by_columns(routed.x, routed.topk, parts)):
+            yield partial if shared is None else partial + shared[part]
+
+
+def finish(
+    hidden_states: Tensor, under_way: Sequence[Pending], shared_expert: SharedExpert | None, *, collective: bool = True
+) -> Tensor:
+    """The layer's result bf16 [M, H]: ranges of columns of the sum over the ranks, which are under way, and the shared
+    expert, computed meanwhile."""
+    shared = None
+    if shared_expert is not None:
+        if collective and shared_expert.fills(len(hidden_states)):
+            let_collectives_begin(hidden_states.device)
+        shared = shared_expert(hidden_states)
+    out = torch.empty_like(hidden_states)
+    width = hidden_states.shape[1] // len(under_way)
+    for part, pending in enumerate(under_way):
+        add_columns(pending.wait(), shared, out, part * width)
+    return out
+
+
+def add_columns(total: Tensor, shared: Tensor | None, out: Tensor, first: int) -> None:
+    """Columns first … first + W of out bf16 [M, H] = total [M, W] + those of shared bf16 [M, H], added in f32 where
+    total is f32; in one pass on a GPU."""
+    if total.is_cuda:
+        from moe_ep import passes  # Triton is imported only where there is a GPU
+
+        if out.dtype == torch.bfloat16 and passes.takes(total, out, *(() if shared is None else (shared,))):
+            passes.add(total, shared, out, first)
+            return
+    columns = slice(first, first + total.shape[1])
+    out[:, columns] = total if shared is None else total + shared[:, columns]

@@ -42,6 +42,8 @@ class Network:
     call_us: of any collective, before its first step. peer_us: that each further peer adds to an all-to-all.
     host_us: of the host's waiting for the device where an all-to-all has to know its numbers of rows.
     source: where the figures are from.
+    copy_bytes_per_s: read plus written, where a rank packs, unpacks or casts rows. pass_us: of such a pass, before it
+    moves a byte.
     """
 
     call_us: float
@@ -50,6 +52,16 @@ class Network:
     node: Link
     fabric: Link
     source: str
+    copy_bytes_per_s: float = 3.5e12
+    pass_us: float = 3.0
+
+    def __post_init__(self) -> None:
+        if min(self.call_us, self.peer_us, self.host_us, self.pass_us) < 0 or self.copy_bytes_per_s <= 0:
+            raise ValueError(f"{self}: times must not be below 0, copy_bytes_per_s must be above 0")
+
+    def pass_over(self, size: float) -> float:
+        """µs of a pass that reads and writes `size` bytes together."""
+        return self.pass_us + size / self.copy_bytes_per_s * 1e6
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """V4's router: sqrt-softplus scores, a bias that only selects, and hash layers that go by token id."""
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ def route(
     ValueError
         If a hash layer is called without token ids.
     """
-    logits = torch.nn.functional.linear(hidden_states.float(), gate_weight.float())
+    logits = gate_logits(hidden_states, gate_weight)
     scores = torch.nn.functional.softplus(logits).sqrt()
     if tid2eid is not None:
         if token_ids is None:
@@ -47,6 +49,30 @@ def route(
     # Scores below about e^-100 are zeros in f32; a token with nothing but these weighs nothing, not NaN.
     weights = chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) * routed_scaling
     return TopKOutput(topk_weights=weights, topk_ids=ids.int(), router_logits=logits)
+
+
+def gate_logits(hidden_states: Tensor, gate_weight: Tensor) -> Tensor:
+    """x · Wᵀ in f32 [M, E] of x [M, H] and W [E, H].
+
+    A product of two bf16 is exact in f32, so on a GPU that adds them up in f32 anyway bf16 goes in as it is, at the
+    matrix units' rate for it: in another order, so that logits differ in the last places.
+    """
+    both_bf16 = hidden_states.dtype == gate_weight.dtype == torch.bfloat16
+    if both_bf16 and hidden_states.is_cuda and len(hidden_states) and _multiplies_to_f32(hidden_states.device):
+        logits: Tensor = torch.mm(hidden_states, gate_weight.t(), out_dtype=torch.float32)
+        return logits
+    return torch.nn.functional.linear(hidden_states.float(), gate_weight.float())
+
+
+@cache
+def _multiplies_to_f32(device: torch.device) -> bool:
+    """Whether torch multiplies bf16 to f32 there: 2.8 brought it, and a GPU's library may not have it."""
+    one = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.mm(one, one, out_dtype=torch.float32)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 class Router(nn.Module):

@@ -1,12 +1,13 @@
 """The backend interface of tokenspeed, and what all mxfp4 backends of this package share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from moe_ep.fused import fused_moe_mxfp4
+from moe_ep.fused import fused_moe_mxfp4, fused_moe_mxfp4_by_columns
 from moe_ep.placement import Placement
 from moe_ep.shape import ACTIVATION_GROUP, MXFP4_BLOCK
 from moe_ep.spec import ActivationDtype, BackendKey, MoELayerSpec, Mxfp4Config, TopKOutputFormat
@@ -138,24 +139,31 @@ class Mxfp4Backend(MoEBackend):
 
         The token counts of the interface are not needed.
         """
-        return fused_moe_mxfp4(
-            hidden_states,
-            _tensor(layer, "w13_weight"),
-            _tensor(layer, "w13_weight_scale"),
-            _tensor(layer, "w2_weight"),
-            _tensor(layer, "w2_weight_scale"),
-            topk_output.topk_ids,
-            topk_output.topk_weights,
-            b13=getattr(layer, "w13_weight_bias", None),
+        tensors, options = self._call(layer, topk_output)
+        return fused_moe_mxfp4(hidden_states, *tensors, **options)
+
+    def by_columns(
+        self, layer: nn.Module, hidden_states: Tensor, topk_output: Any, parts: int, spare: int
+    ) -> Iterator[Tensor]:
+        """`forward` in ranges of columns [M, H / parts]; see `fused_moe_mxfp4_by_columns`."""
+        tensors, options = self._call(layer, topk_output)
+        return fused_moe_mxfp4_by_columns(hidden_states, *tensors, **options, parts=parts, spare=spare)
+
+    def _call(self, layer: nn.Module, topk_output: Any) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """What the experts take after the hidden states."""
+        packed = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
+        tensors = *(_tensor(layer, name) for name in packed), topk_output.topk_ids, topk_output.topk_weights
+        return tensors, {
+            "b13": getattr(layer, "w13_weight_bias", None),
             # Under TP every rank holds a slice of I, but w2's bias must be counted once.
-            b2=getattr(layer, "w2_weight_bias", None) if self.spec.tp_rank == 0 else None,
-            expert_map=_tensor(layer, "expert_map"),
-            swiglu_limit=getattr(getattr(layer, "swiglu_arg", None), "limit", None),
-            activation_dtype=activation_dtype(self.quant_config),
-            weight_order=getattr(layer, "weight_order", "checkpoint"),
-            impl=self.impl,
-            out_dtype=getattr(layer, "partial_dtype", None),
-        )
+            "b2": getattr(layer, "w2_weight_bias", None) if self.spec.tp_rank == 0 else None,
+            "expert_map": _tensor(layer, "expert_map"),
+            "swiglu_limit": getattr(getattr(layer, "swiglu_arg", None), "limit", None),
+            "activation_dtype": activation_dtype(self.quant_config),
+            "weight_order": getattr(layer, "weight_order", "checkpoint"),
+            "impl": self.impl,
+            "out_dtype": getattr(layer, "partial_dtype", None),
+        }
 
 
 def activation_dtype(quant_config: object) -> ActivationDtype:

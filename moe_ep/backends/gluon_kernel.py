@@ -1,5 +1,6 @@
 """The experts on CDNA3, as Gluon kernels laid out for its matrix units; docs/cdna3.md describes them."""
 
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -31,6 +32,26 @@ def experts(
         raise ValueError(f"impl 'gluon_kernel': {reason}")
     triton_kernel.experts(
         x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, out, activation_dtype, "gluon_kernel"
+    )
+
+
+def experts_by_columns(
+    x: Tensor,
+    weights: ExpertWeights,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    topk_weights: Tensor,
+    swiglu_limit: float | None,
+    outs: Sequence[Tensor],
+    activation_dtype: ActivationDtype = "bf16",
+    spare: int = 0,
+) -> Iterator[None]:
+    """As `triton_kernel.experts_by_columns`, with the GEMMs of `experts`."""
+    if reason := call_refusal(x.device, x.shape[1], weights.inner):
+        raise ValueError(f"impl 'gluon_kernel': {reason}")
+    routes = (topk_ids, expert_map, topk_weights)
+    return triton_kernel.experts_by_columns(
+        x, weights, *routes, swiglu_limit, outs, activation_dtype, spare, "gluon_kernel"
     )
 
 

@@ -1,8 +1,8 @@
 """The experts as Triton and Gluon kernels: plan the routes, two grouped GEMMs, combine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -18,8 +18,8 @@ from moe_ep.dispatch import Planner, plan_parts, planner
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.down import combine_kernel, down_kernel
 from moe_ep.kernels.gate_up import gate_up_kernel
-from moe_ep.kernels.launch import FALLBACK, Gemm, LaunchConfig, choose, choose_fp8, programs_at_once, tile
-from moe_ep.order import KernelOrder, order_in_place
+from moe_ep.kernels.launch import FALLBACK, Gemm, LaunchConfig, choose, choose_fp8, fit_down, programs_at_once, tile
+from moe_ep.order import TILE_ROWS, KernelOrder, order_in_place
 from moe_ep.rounding import Rounder, rounder, rounding_parts
 from moe_ep.spec import ActivationDtype, MoELayerSpec
 from moe_ep.weights import ExpertWeights
@@ -201,6 +201,26 @@ class _RouteOp:
     h: Tensor
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """An op whose second GEMM is made in ranges of columns, each with the same launches but for the first's.
+
+    The rows of w2 that make a range are those of an expert of its own to the kernels: of H / parts features, in the
+    same memory, expert e's range i numbered e · parts + i.
+    """
+
+    op: _Op
+    first_down: BoundLaunch
+    down: BoundLaunch
+    """With multiprocessors spared."""
+    combine: BoundLaunch
+    y: Tensor
+    numbers: Tensor
+    """int32 [parts], for those of the ranges."""
+    block_expert: Tensor
+    """int32 [parts, B]; −1 past the last block stays below 0."""
+
+
 _BUFFER_BYTES = 2**31
 """What a buffer load reaches from its base."""
 
@@ -245,22 +265,58 @@ def _op(shape: _Shape) -> _Op | _RouteOp:
         pdl=pdl,
     )
     gate_up, down = _gemms(shape, config, plan.plan.blocks)
-    combine = {
-        "WEIGHS": raw,
-        "LOCAL": shape.local,
-        "HAS_MAP": shape.mapped,
-        "HIDDEN": shape.hidden,
-        "TOP_K": shape.top_k,
-        "PDL": pdl,
-        "BLOCK_H": _COMBINE_BLOCK,
-    }
-    programs = shape.tokens * triton.cdiv(shape.hidden, _COMBINE_BLOCK)
     rounds = None
     if shape.rounds:
         sizes = (shape.hidden, shape.inner, plan.plan.blocks, config.block_m)
         rounds = rounder(parts, *sizes, native=shape.fp8)
-    combined = BoundLaunch(combine_kernel, programs, combine, pdl=pdl)
-    return _Op(plan, gate_up, down, combined, raw, parts["h"], parts["y"], rounds)
+    return _Op(plan, gate_up, down, _combine(shape, raw), raw, parts["h"], parts["y"], rounds)
+
+
+def _combine(shape: _Shape, weighs: bool) -> BoundLaunch:
+    constants = {
+        "WEIGHS": weighs,
+        "LOCAL": shape.local,
+        "HAS_MAP": shape.mapped,
+        "HIDDEN": shape.hidden,
+        "TOP_K": shape.top_k,
+        "PDL": shape.target.pdl,
+        "BLOCK_H": _COMBINE_BLOCK,
+    }
+    programs = shape.tokens * triton.cdiv(shape.hidden, _COMBINE_BLOCK)
+    return BoundLaunch(combine_kernel, programs, constants, pdl=shape.target.pdl)
+
+
+@lru_cache(maxsize=_KEPT_SHAPES)
+def _cut(shape: _Shape, parts: int, spare: int) -> _Cut | None:
+    """None where the kernels do not take ranges of H / parts."""
+    op, config, width = _op(shape), _config(shape), shape.hidden // parts
+    if isinstance(op, _RouteOp) or width % TILE_ROWS:
+        return None
+    down = fit_down(config, width, shape.inner, fp8=shape.fp8)
+    if down is None:
+        return None
+    narrow = replace(shape, hidden=width)
+    left = max(1, shape.target.processors - spare)
+    spared = replace(narrow, target=replace(shape.target, processors=left)) if config.kernel == "warpgroup" else narrow
+    blocks = op.plan.plan.blocks
+    memory = workspace.carve(
+        shape.device,
+        shape.stream,
+        {
+            "cut_parts": ((parts,), torch.int32),
+            "cut_experts": ((parts, blocks), torch.int32),
+            "y": ((shape.tokens * shape.top_k, width), op.y.dtype),
+        },
+    )
+    return _Cut(
+        op,
+        _gemms(narrow, replace(config, down=down), blocks)[1],
+        _gemms(spared, replace(config, down=down), blocks)[1],
+        _combine(narrow, op.combine_weighs),
+        memory["y"],
+        memory["cut_parts"],
+        memory["cut_experts"],
+    )
 
 
 def _route_op(shape: _Shape, config: LaunchConfig) -> _RouteOp:
@@ -388,42 +444,152 @@ def experts(
     if topk_ids.numel() == 0 or weights.count == 0:
         out.zero_()
         return
-    if not runs_on(x.device):
-        raise ValueError(
-            f"impl 'triton_kernel' does not run on {x.device} here: set TRITON_INTERPRET=1 before "
-            "moe_ep's kernels are imported (Triton's interpreter), or use impl 'reference'"
-        )
+    _check_runs_on(x.device)
     weights = _ordered(weights, activation_dtype)
-    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    with torch.cuda.device(x.device) if elsewhere else nullcontext():  # Triton launches where torch is
-        op = _op(_shape(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, out, activation_dtype, impl))
-        word = torch.int32 if weights.order == "kernel-fp8" else torch.uint16
-        w13, w2 = weights.w13.view(word), weights.w2.view(word)
-        s13, s2 = weights.w13_scale.view(torch.uint32), weights.w2_scale.view(torch.uint32)
-        b13, b2 = x if weights.b13 is None else weights.b13, x if weights.b2 is None else weights.b2
-        limit = 0.0 if swiglu_limit is None else float(swiglu_limit)
-        mapped = topk_ids if expert_map is None else expert_map
+    with torch.cuda.device(x.device) if _elsewhere(x) else nullcontext():  # Triton launches where torch is
+        shape = _shape(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, out, activation_dtype, impl)
+        op = _op(shape)
+        inputs = _Inputs.of(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit)
         if isinstance(op, _RouteOp):
-            known = weights.count if expert_map is None else expert_map.numel()
-            op.gate_up(x, w13, s13, b13, op.h, topk_ids, mapped, known, limit)
-            op.down(op.h, w2, s2, b2, topk_weights, out, topk_ids, mapped, known)
+            op.gate_up(x, inputs.w13, inputs.s13, inputs.b13, op.h, *inputs.routes, inputs.limit)
+            op.down(op.h, inputs.w2, inputs.s2, inputs.b2, topk_weights, out, *inputs.routes)
             return
         op.plan(x, topk_ids, expert_map)
-        plan, rounds = op.plan.plan, op.rounder
-        blocks = (plan.route, plan.block_expert, plan.block_start, plan.block_end)
-        if rounds is None:
-            op.gate_up(x if op.plan.shifted is None else op.plan.shifted, w13, s13, b13, op.h, *blocks, limit)
-            op.down(op.h, w2, s2, b2, *(() if op.combine_weighs else (topk_weights,)), op.y, *blocks)
-        else:
-            rounds.round_tokens(x)
-            if rounds.native:
-                op.gate_up(rounds.x, rounds.x_scale, w13, s13, b13, topk_weights, op.h, *blocks, limit)
-            else:
-                op.gate_up(rounds.x, w13, s13, b13, op.h, *blocks, limit)
-            rounds.round_routes(op.h, topk_weights, plan)
-            h = (rounds.h, rounds.h_scale) if rounds.native else (rounds.h,)
-            op.down(*h, w2, s2, b2, topk_weights, op.y, *blocks)
-        op.combine(op.y, topk_ids, mapped, topk_weights, out, op.plan.known)
+        _first_gemm(op, inputs)
+        _second_gemm(op, inputs, op.down, op.combine, op.y, op.plan.plan.block_expert, out)
+
+
+def experts_by_columns(
+    x: Tensor,
+    weights: ExpertWeights,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    topk_weights: Tensor,
+    swiglu_limit: float | None,
+    outs: Sequence[Tensor],
+    activation_dtype: ActivationDtype = "bf16",
+    spare: int = 0,
+    impl: Impl = "triton_kernel",
+) -> Iterator[None]:
+    """As `experts`, into `outs` [M, H / parts] one after the other: each is computed when this yields."""
+    parts = len(outs)
+    cut = None
+    if parts > 1 and topk_ids.numel() and weights.count and not _elsewhere(x):
+        _check_runs_on(x.device)
+        weights = _ordered(weights, activation_dtype)
+        shape = _shape(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, outs[0], activation_dtype, impl)
+        cut = _cut(shape, parts, spare)
+    if cut is None:
+        whole = torch.empty(x.shape, dtype=outs[0].dtype, device=x.device)
+        experts(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, whole, activation_dtype, impl)
+        for out, columns in zip(outs, whole.chunk(parts, 1), strict=True):
+            out.copy_(columns)
+            yield
+        return
+    op = cut.op
+    inputs = _Inputs.of(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit)
+    op.plan(x, topk_ids, expert_map)
+    numbers = torch.arange(parts, dtype=torch.int32, device=x.device, out=cut.numbers)
+    torch.add(numbers[:, None], op.plan.plan.block_expert, alpha=parts, out=cut.block_expert)
+    _first_gemm(op, inputs)
+    for part, out in enumerate(outs):
+        down = cut.down if part else cut.first_down
+        _second_gemm(op, inputs, down, cut.combine, cut.y, cut.block_expert[part], out)
+        yield
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """A call's tensors, as the kernels take them."""
+
+    w13: Tensor
+    s13: Tensor
+    b13: Tensor
+    w2: Tensor
+    s2: Tensor
+    b2: Tensor
+    x: Tensor
+    topk_ids: Tensor
+    mapped: Tensor
+    topk_weights: Tensor
+    known: int
+    limit: float
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        weights: ExpertWeights,
+        topk_ids: Tensor,
+        expert_map: Tensor | None,
+        topk_weights: Tensor,
+        swiglu_limit: float | None,
+    ) -> "_Inputs":
+        """What is not there is stood for by what is."""
+        word = torch.int32 if weights.order == "kernel-fp8" else torch.uint16
+        return cls(
+            weights.w13.view(word),
+            weights.w13_scale.view(torch.uint32),
+            x if weights.b13 is None else weights.b13,
+            weights.w2.view(word),
+            weights.w2_scale.view(torch.uint32),
+            x if weights.b2 is None else weights.b2,
+            x,
+            topk_ids,
+            topk_ids if expert_map is None else expert_map,
+            topk_weights,
+            weights.count if expert_map is None else expert_map.numel(),
+            0.0 if swiglu_limit is None else float(swiglu_limit),
+        )
+
+    @property
+    def routes(self) -> tuple[Tensor, Tensor, int]:
+        """Experts of the routes, where they are, and how many there can be."""
+        return self.topk_ids, self.mapped, self.known
+
+
+def _first_gemm(op: _Op, inputs: _Inputs) -> None:
+    """h of the planned routes, rounded if activations are."""
+    x, plan, rounds = inputs.x, op.plan.plan, op.rounder
+    blocks = (plan.route, plan.block_expert, plan.block_start, plan.block_end)
+    weights = (inputs.w13, inputs.s13, inputs.b13)
+    if rounds is None:
+        op.gate_up(x if op.plan.shifted is None else op.plan.shifted, *weights, op.h, *blocks, inputs.limit)
+        return
+    rounds.round_tokens(x)
+    if rounds.native:
+        op.gate_up(rounds.x, rounds.x_scale, *weights, inputs.topk_weights, op.h, *blocks, inputs.limit)
+    else:
+        op.gate_up(rounds.x, *weights, op.h, *blocks, inputs.limit)
+    rounds.round_routes(op.h, inputs.topk_weights, plan)
+
+
+def _second_gemm(
+    op: _Op, inputs: _Inputs, down: BoundLaunch, combine: BoundLaunch, y: Tensor, block_expert: Tensor, out: Tensor
+) -> None:
+    """y of h, and out of y."""
+    plan, rounds = op.plan.plan, op.rounder
+    blocks = (plan.route, block_expert, plan.block_start, plan.block_end)
+    weights = (inputs.w2, inputs.s2, inputs.b2)
+    if rounds is None:
+        down(op.h, *weights, *(() if op.combine_weighs else (inputs.topk_weights,)), y, *blocks)
+    else:
+        h = (rounds.h, rounds.h_scale) if rounds.native else (rounds.h,)
+        down(*h, *weights, inputs.topk_weights, y, *blocks)
+    combine(y, inputs.topk_ids, inputs.mapped, inputs.topk_weights, out, inputs.known)
+
+
+def _check_runs_on(device: torch.device) -> None:
+    if not runs_on(device):
+        raise ValueError(
+            f"impl 'triton_kernel' does not run on {device} here: set TRITON_INTERPRET=1 before "
+            "moe_ep's kernels are imported (Triton's interpreter), or use impl 'reference'"
+        )
+
+
+def _elsewhere(x: Tensor) -> bool:
+    """Whether x is on another GPU than torch's current one."""
+    return x.is_cuda and x.device.index != torch.cuda.current_device()
 
 
 def _ordered(weights: ExpertWeights, activations: ActivationDtype) -> ExpertWeights:

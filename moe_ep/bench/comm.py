@@ -1,7 +1,8 @@
 """python -m torch.distributed.run --nproc-per-node N -m moe_ep.bench.comm: what communication takes, and overlap hides.
 
-For each shape and number of tokens T of the group: dispatch and combine of every strategy beside the cost model, then a
-whole layer beside its parts, each alone, and beside the same layer without communication.
+For each shape and number of tokens T of the group: dispatch and combine of every strategy beside the cost model, what
+follows the experts beside its parts, each alone, then a whole layer beside its parts and beside the same layer without
+communication.
 """
 
 import json
@@ -10,7 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial as partial_of
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -21,10 +24,10 @@ from torch import Tensor
 
 from moe_ep.bench.clock import measure_rates
 from moe_ep.bench.fit import Part, Sample, fit
-from moe_ep.comm import Alone
+from moe_ep.comm import Alone, Combine
 from moe_ep.comm.groups import EpGroups, ep_groups
-from moe_ep.cost import OWN_TOKENS, SAME_TOKENS, Name, Wire, cut_for_overlap, predict
-from moe_ep.layer import MoELayer, RoutedExperts, SharedExpert
+from moe_ep.cost import OWN_TOKENS, SAME_TOKENS, Name, Wire, choose, predict
+from moe_ep.layer import MoELayer, RoutedExperts, SharedExpert, add_columns, finish
 from moe_ep.network import Device, Layout, Link, Network
 from moe_ep.routing import Router
 from moe_ep.selector import select_backend
@@ -39,9 +42,12 @@ FEW = replace(FLASH, experts=32)
 SHAPES = {"flash": FLASH, "pro": PRO, "few": FEW, "tiny": TINY}
 
 NVLINK = Network(6, 1, 800, Link(3, 290e9), Link(3, 290e9), "to fit from: NVLink within a node")
-LAYERS = 4
+LAYERS = 2
 """Layers that are called in turn, so that no cache holds the weights of the next."""
 _REPEATS = 15
+_ROUNDS = 9  # of a layer and all its parts
+_LAUNCHING = 1_000_000  # cycles, under which the host launches what is not captured
+_PARTS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class Bench:
     path: Path | None
     side: Any
     """A stream for what is captured: one, since the experts keep a workspace for each."""
+    pool: Any = None
+    """Memory of what is captured: one, since graphs are replayed one after the other."""
 
     def add(self, line: dict[str, Any]) -> None:
         """Keep a line: rank 0 prints it and writes all so far, atomically."""
@@ -71,10 +79,18 @@ class Bench:
 
     def us(self, work: Callable[[], object], repeats: int = _REPEATS) -> float:
         """Median µs of a call, begun on all ranks together, of the slowest rank each time."""
-        work()
-        found = torch.tensor([self._once(work) for _ in range(repeats)], dtype=torch.float64, device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return float(found.median())
+        return median(self.rounds([work], repeats)[0])
+
+    def rounds(self, works: Sequence[Callable[[], object]], repeats: int) -> list[list[float]]:
+        """µs of every work in every round, of the slowest rank. A round does each once: a device that grows hot and
+        slow does so for all alike."""
+        for work in works:
+            work()
+        found = torch.tensor([[self._once(work) for work in works] for _ in range(repeats)], dtype=torch.float64)
+        slowest = found.to(self.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        columns: list[list[float]] = slowest.t().tolist()
+        return columns
 
     def _once(self, work: Callable[[], object]) -> float:
         if self.device.type != "cuda":
@@ -86,7 +102,7 @@ class Bench:
         dist.barrier()
         torch.cuda.synchronize()
         # What the host takes to launch lies under this, on every rank alike.
-        torch.cuda._sleep(400_000)
+        torch.cuda._sleep(_LAUNCHING)
         dist.all_reduce(torch.zeros(1, device=self.device))
         begin.record()
         work()
@@ -105,7 +121,7 @@ class Bench:
         dist.barrier()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.side):
+        with torch.cuda.graph(graph, stream=self.side, pool=self.pool):
             for work in works:
                 work()
         replay: Callable[[], None] = graph.replay
@@ -127,17 +143,21 @@ def build_layers(shape: ModelShape, bench: Bench, count: int) -> list[MoELayer]:
             parameter.data.random_(low, high, generator=generator)
         experts.process_weights_after_loading()
 
-        def normal(*size: int) -> Tensor:
-            values = torch.randn(*size, generator=same, device=bench.device)
-            scaled: Tensor = values.div_(size[-1] ** 0.5).bfloat16()
-            return scaled
-
-        shared = SharedExpert(
-            normal(2 * shape.intermediate, shape.hidden), normal(shape.hidden, shape.intermediate), 10
-        )
-        router = Router(normal(shape.experts, shape.hidden), shape.top_k, shape.routed_scaling, None, None)
+        router, shared = router_and_shared(shape, bench, same)
         found.append(MoELayer(router, experts, Alone(), shared))
     return found
+
+
+def router_and_shared(shape: ModelShape, bench: Bench, generator: torch.Generator) -> tuple[Router, SharedExpert]:
+    """With random weights, the same on all ranks."""
+
+    def normal(*size: int) -> Tensor:
+        values = torch.randn(*size, generator=generator, device=bench.device)
+        scaled: Tensor = values.div_(size[-1] ** 0.5).bfloat16()
+        return scaled
+
+    shared = SharedExpert(normal(2 * shape.intermediate, shape.hidden), normal(shape.hidden, shape.intermediate), 10)
+    return Router(normal(shape.experts, shape.hidden), shape.top_k, shape.routed_scaling, None, None), shared
 
 
 def tokens_of(shape: ModelShape, tokens: int, bench: Bench, *, own: bool) -> tuple[Tensor, list[int]]:
@@ -149,17 +169,21 @@ def tokens_of(shape: ModelShape, tokens: int, bench: Bench, *, own: bool) -> tup
     return (x[start : start + counts[bench.rank]].contiguous() if own else x), counts
 
 
-def communication(name: str, shape: ModelShape, layer: MoELayer, tokens: int, wire: Wire, bench: Bench) -> None:
-    """Dispatch and combine of every strategy, alone, eager; lines with what the model predicts before any fit."""
+def communication(name: str, shape: ModelShape, router: Router, tokens: int, wire: Wire, bench: Bench) -> list[Sample]:
+    """Dispatch and combine of every strategy, alone, eager; lines with what the model predicts before any fit.
+
+    Returns them for a fit.
+    """
+    samples: list[Sample] = []
     dtype = torch.float32 if wire.sum_bytes == 4 else torch.bfloat16
     for strategy in (*SAME_TOKENS, *OWN_TOKENS):
         combine = bench.groups.strategy(strategy, shape.experts, wire.payload, dtype)
         x, counts = tokens_of(shape, tokens, bench, own=combine.own_tokens)
-        topk = layer.router(x)
+        topk = router(x)
         routed = combine.dispatch(x, topk, counts)
         partial = torch.zeros(routed.x.shape[0], shape.hidden, device=bench.device)
-        dispatch = bench.us(lambda c=combine, x=x, t=topk, n=counts: c.dispatch(x, t, n))  # type: ignore[misc]
-        back = bench.us(lambda c=combine, p=partial, r=routed: c(p, r))  # type: ignore[misc]
+        works = (partial_of(combine.dispatch, x, topk, counts), partial_of(combine, partial, routed))
+        dispatch, back = (median(times) for times in bench.rounds(works, _REPEATS))
         predicted = predict(strategy, bench.groups.layout, shape, tokens, wire, NVLINK, Device(4e12, 6e14))
         line = {"kind": "communication", "shape": name, "tokens": tokens, "strategy": strategy, **asdict(wire)}
         line |= {
@@ -168,78 +192,158 @@ def communication(name: str, shape: ModelShape, layer: MoELayer, tokens: int, wi
             "total_us": back + (dispatch if combine.own_tokens else 0),
         }
         bench.add(line | {"predicted_us": predicted.communication})
+        of_model = (bench.groups.layout, shape, tokens, wire)
+        samples.append(Sample(strategy, "combine", *of_model, back))
+        if combine.own_tokens:
+            samples.append(Sample(strategy, "dispatch", *of_model, dispatch))
+    return samples
+
+
+def tail(
+    name: str, shape: ModelShape, router: Router, shared: SharedExpert, tokens: int, strategy: Name, bench: Bench
+) -> None:
+    """What a layer does after its experts, beside its parts: combine, shared expert, and the last sum.
+
+    hidden: (all parts − the tail) over the smaller of shared and combine, the median over rounds.
+    """
+    combine = bench.groups.strategy(strategy, shape.experts)
+    captured = bench.device.type == "cuda" and combine.capturable
+    x, counts = tokens_of(shape, tokens, bench, own=combine.own_tokens)
+    routed = combine.dispatch(x, router(x), counts)
+    partial = torch.zeros(routed.x.shape[0], shape.hidden, device=bench.device)
+    total, added, out = torch.zeros(x.shape, device=bench.device), torch.zeros_like(x), torch.empty_like(x)
+
+    def one(work: Callable[[], object]) -> Callable[[], object]:
+        return bench.graph([work]) if captured else work
+
+    works = {
+        "shared": one(lambda: shared(x)),
+        "combine": one(lambda: combine(partial, routed)),
+        "add": one(lambda: add_columns(total, added, out, 0)),
+        "tail": one(lambda: finish(x, [combine.begin(partial, routed)], shared)),
+    }
+    took = {
+        part: torch.tensor(us) for part, us in zip(works, bench.rounds(list(works.values()), _REPEATS), strict=True)
+    }
+    saved = took["shared"] + took["combine"] + took["add"] - took["tail"]
+    line: dict[str, Any] = {"kind": "tail", "shape": name, "tokens": tokens, "strategy": strategy, "captured": captured}
+    line |= {f"{part}_us": float(us.median()) for part, us in took.items()}
+    bench.add(line | {"hidden": float((saved / torch.minimum(took["shared"], took["combine"])).median())})
 
 
 def overlap(
-    name: str, shape: ModelShape, layers: list[MoELayer], tokens: int, strategy: Name, bench: Bench, device: Device
+    name: str, shape: ModelShape, layers: list[MoELayer], tokens: int, strategy: Name, bench: Bench
 ) -> list[Sample]:
-    """A layer with its combine beside its parts, replayed from graphs where they can be captured.
+    """A layer with its combine beside its parts, in rounds of all of them, replayed from graphs where they can be.
 
-    hidden_shared: (router + dispatch + experts + shared + combine − layer) over the smaller of shared and combine.
-    hidden_against_alone: (alone + combine − layer) over the same, for strategies whose ranks all have the tokens: alone
-    is the layer without communication, one device with its share of the experts. hidden_chunked: as the first over the
-    smaller of experts and combine, the layer in chunks and without shared expert. Returns the parts, for a fit.
+    A share that is hidden is of each round, and the median of these. hidden_shared: (all parts − layer) over the
+    smaller of shared and combine. hidden_against_alone: (alone + combine − layer) over the same, where all ranks have
+    the tokens: alone is the layer without communication, one device with its share of the experts. Without shared
+    expert: hidden_N with the second GEMM in N ranges, over the smaller of it, a third of the experts, and combine.
+    hidden_both_N: with both, over the combine. Returns the parts, for a fit.
     """
     combine = bench.groups.strategy(strategy, shape.experts)
+    captured = bench.device.type == "cuda" and combine.capturable
     x, counts = tokens_of(shape, tokens, bench, own=combine.own_tokens)
     topk = layers[0].router(x)
     routed = combine.dispatch(x, topk, counts)
     partial = torch.zeros(routed.x.shape[0], shape.hidden, device=bench.device)
-
-    def each(work: Callable[[MoELayer], object]) -> float:
-        works = [lambda layer=layer: work(layer) for layer in layers]
-        if bench.device.type == "cuda" and combine.capturable:
-            return bench.us(bench.graph(works)) / len(layers)
-        return bench.us(lambda: [one() for one in works]) / len(layers)
-
-    parts = {
-        "router_us": each(lambda layer: layer.router(x)),
-        "dispatch_us": each(lambda layer: combine.dispatch(x, topk, counts)) if combine.own_tokens else 0.0,
-        "experts_us": each(lambda layer: layer.experts(routed.x, routed.topk)),
-        "shared_us": each(lambda layer: layer.shared_expert(x)),  # type: ignore[misc]
-        "combine_us": each(lambda layer: combine(partial, routed)),
-    }
+    total, added, out = torch.zeros(x.shape, device=bench.device), torch.zeros_like(x), torch.empty_like(x)
     shared = [layer.shared_expert for layer in layers]
-    fractions = cut_for_overlap(strategy, bench.groups.layout, shape, tokens, Wire(), NVLINK, device)
-    times: dict[str, float] = {}
-    for label, with_shared, how, cut in (
-        ("alone_us", True, Alone(), (1.0,)),  # one device with these experts and tokens, no communication
-        ("layer_us", True, combine, (1.0,)),
-        ("bare_us", False, combine, (1.0,)),
-        ("chunked_us", False, combine, fractions),
-    ):
-        for layer, one in zip(layers, shared, strict=True):
-            layer.shared_expert, layer.combine = (one if with_shared else None), how
-            layer.fractions = lambda rows, cut=cut: cut
-        given = routed.x if isinstance(how, Alone) else x
-        times[label] = each(lambda layer, given=given: layer(given, counts=counts))  # type: ignore[misc]
-    for layer, one in zip(layers, shared, strict=True):
-        layer.shared_expert, layer.fractions = one, None
-    taken: dict[Part, float] = {"combine": parts["combine_us"]}
+
+    def each(work: Callable[[MoELayer], object]) -> Callable[[], object]:
+        works = [lambda layer=layer: work(layer) for layer in layers]
+        return bench.graph(works) if captured else lambda: [one() for one in works]
+
+    def whole(how: Combine, parts: int = 1, *, bare: bool = False) -> Callable[[], object]:
+        given = routed.x if how.name == "none" else x
+
+        def one(layer: MoELayer) -> Tensor:
+            layer.shared_expert = None if bare else shared[layers.index(layer)]
+            layer.combine, layer.cut = how, lambda rows: parts
+            done: Tensor = layer(given, counts=counts)
+            return done
+
+        return each(one)
+
+    works = {
+        "router": each(lambda layer: layer.router(x)),
+        "experts": each(lambda layer: layer.experts(routed.x, routed.topk)),
+        "shared": each(lambda layer: shared[layers.index(layer)](x)),  # type: ignore[misc]
+        "combine": each(lambda layer: combine(partial, routed)),
+        "add": each(lambda layer: add_columns(total, added, out, 0)),
+        "cast": each(lambda layer: add_columns(total, None, out, 0)),
+        "alone": whole(Alone()),
+        "layer": whole(combine),
+    }
     if combine.own_tokens:
-        taken["dispatch"] = parts["dispatch_us"]
-    apart = sum(parts.values())
+        works["dispatch"] = each(lambda layer: combine.dispatch(x, topk, counts))
+    cuts = [parts for parts in _PARTS if combine.parts(routed, parts) == parts]
+    works |= {f"bare_{parts}": whole(combine, parts, bare=True) for parts in cuts}
+    works |= {f"both_{parts}": whole(combine, parts) for parts in cuts if parts > 1}
+    for layer, one in zip(layers, shared, strict=True):
+        layer.shared_expert = one
+    measured = bench.rounds(list(works.values()), _ROUNDS if bench.device.type == "cuda" else 3)
+    for layer, one in zip(layers, shared, strict=True):
+        layer.shared_expert, layer.cut = one, None
+    took = dict(zip(works, (torch.tensor(times) / len(layers) for times in measured), strict=True))
+    took.setdefault("dispatch", torch.zeros_like(took["layer"]))
     bench.add(
         {
             "kind": "layer",
             "shape": name,
             "tokens": tokens,
             "strategy": strategy,
-            "captured": bench.device.type == "cuda" and combine.capturable,
-            **parts,
-            "sum_us": apart,
-            **times,
-            "fractions": list(fractions),
-            "hidden_shared": (apart - times["layer_us"]) / min(parts["shared_us"], parts["combine_us"]),
-            "hidden_against_alone": None
-            if combine.own_tokens
-            else (times["alone_us"] + parts["combine_us"] - times["layer_us"])
-            / min(parts["shared_us"], parts["combine_us"]),
-            "hidden_chunked": (apart - parts["shared_us"] - times["chunked_us"])
-            / min(parts["experts_us"], parts["combine_us"]),
+            "captured": captured,
+            **{f"{part}_us": float(times.median()) for part, times in took.items()},
+            **_hidden(took, same_tokens=not combine.own_tokens),
         }
     )
-    return [Sample(strategy, part, bench.groups.layout, shape, tokens, Wire(), us) for part, us in taken.items()]
+    parts: dict[Part, Tensor] = {"combine": took["combine"]}
+    if combine.own_tokens:
+        parts["dispatch"] = took["dispatch"]
+    layout = bench.groups.layout
+    return [Sample(strategy, part, layout, shape, tokens, Wire(), float(us.median())) for part, us in parts.items()]
+
+
+def _hidden(took: dict[str, Tensor], *, same_tokens: bool) -> dict[str, float]:
+    """The shares of `overlap`, from µs by round."""
+    smaller = torch.minimum(took["shared"], took["combine"])
+    second = torch.minimum(took["experts"] / 3, took["combine"])
+    routed = took["router"] + took["dispatch"] + took["experts"] + took["combine"]
+    everything = routed + took["shared"] + took["add"]
+    found = {"sum_us": everything, "hidden_shared": (everything - took["layer"]) / smaller}
+    if same_tokens:
+        found["hidden_against_alone"] = (took["alone"] + took["combine"] - took["layer"]) / smaller
+    for label, times in took.items():
+        kind, _, parts = label.partition("_")
+        if kind == "bare":
+            found[f"hidden_{parts}"] = (routed + took["cast"] - times) / second
+        elif kind == "both":
+            found[f"hidden_both_{parts}"] = (everything - times) / took["combine"]
+    return {label: float(shares.median()) for label, shares in found.items()}
+
+
+def choices(lines: Sequence[dict[str, Any]], layout: Layout, network: Network) -> list[dict[str, Any]]:
+    """What the model takes, by these constants, beside the fastest that was measured, for all lines of communication.
+
+    over_best: the time of what it takes over that of the fastest, less 1.
+    """
+    measured: dict[tuple[Any, ...], dict[Name, float]] = {}
+    for line in lines:
+        if line["kind"] == "communication":
+            for own, names in ((False, SAME_TOKENS), (True, OWN_TOKENS)):
+                if line["strategy"] in names:
+                    key = (line["shape"], line["tokens"], line["payload"], line["sum_bytes"], own)
+                    measured.setdefault(key, {})[line["strategy"]] = line["total_us"]
+    found = []
+    for (name, tokens, payload, sum_bytes, own), us in measured.items():
+        taken = choose(own, layout, SHAPES[name], tokens, Wire(payload, sum_bytes), network).name
+        best = min(us, key=lambda one: us[one])
+        line = {"kind": "choice", "shape": name, "tokens": tokens, "payload": payload, "sum_bytes": sum_bytes}
+        line |= {"own_tokens": own, "taken": taken, "best": best, "over_best": us[taken] / us[best] - 1}
+        found.append(line)
+    return found
 
 
 def graphs_equal(name: str, shape: ModelShape, layer: MoELayer, tokens: int, strategy: Name, bench: Bench) -> None:
@@ -258,7 +362,9 @@ def graphs_equal(name: str, shape: ModelShape, layer: MoELayer, tokens: int, str
 
 def main(
     shape: Annotated[list[str], typer.Option(help=f"of {', '.join(SHAPES)}")] = ["flash", "few", "pro"],  # noqa: B006
-    tokens: Annotated[list[int], typer.Option(help="of the group")] = [1, 16, 128, 1024, 8192],  # noqa: B006
+    tokens: Annotated[list[int], typer.Option(help="of the group, to communicate")] = [1, 16, 128, 1024, 8192],  # noqa: B006
+    layer_tokens: Annotated[list[int], typer.Option(help="of the group, of layers")] = [16, 1024, 8192],  # noqa: B006
+    whole_layers: Annotated[bool, typer.Option(help="with experts too, whose kernels are compiled first")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="where to write the lines, as they come")] = None,
 ) -> None:
     """Time every strategy and the overlap on all ranks of this host, one device each."""
@@ -272,9 +378,6 @@ def main(
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     measured = measure_rates(device)
-    slowest = torch.tensor([measured.copy, measured.matmul], dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MIN)  # what is cut by them must be cut alike on all ranks
-    reached = Device(*slowest.tolist())
     about = {
         "device": torch.cuda.get_device_name(device) if gpu else "CPU",
         "ranks": world,
@@ -282,28 +385,37 @@ def main(
         "triton": triton.__version__,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else None,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "copy": reached.bytes_per_s,
-        "matmul": reached.flop_per_s,
+        "copy": measured.copy,
+        "matmul": measured.matmul,
     }
     groups = ep_groups(world, rank, Layout(world, world), 60)
-    bench = Bench(rank, world, device, groups, [], about, json_file, torch.cuda.Stream() if gpu else None)
+    side, pool = (torch.cuda.Stream(), torch.cuda.graph_pool_handle()) if gpu else (None, None)
+    bench = Bench(rank, world, device, groups, [], about, json_file, side, pool)
     samples: list[Sample] = []
     for name in shape:
-        layers = build_layers(SHAPES[name], bench, 2 if name == "pro" else LAYERS)
+        router, shared = router_and_shared(SHAPES[name], bench, torch.Generator(device).manual_seed(99))
         for count in tokens:
             for wire in (Wire(), Wire("fp8", 2)):
-                communication(name, SHAPES[name], layers[0], count, wire, bench)
-        for count in tokens:
+                samples += communication(name, SHAPES[name], router, count, wire, bench)
+        for count in layer_tokens:
+            for strategy in (*SAME_TOKENS, *OWN_TOKENS):
+                tail(name, SHAPES[name], router, shared, count, strategy, bench)
+        if not whole_layers:
+            continue
+        layers = build_layers(SHAPES[name], bench, LAYERS)
+        for count in layer_tokens:
             if gpu:
                 for captured in ("all_reduce", "reduce_scatter", "all_gather"):
                     graphs_equal(name, SHAPES[name], layers[0], min(count, 128), captured, bench)
             for strategy in (*SAME_TOKENS, *OWN_TOKENS):
-                samples += overlap(name, SHAPES[name], layers, count, strategy, bench, reached)
+                samples += overlap(name, SHAPES[name], layers, count, strategy, bench)
         del layers
         if gpu:
             torch.cuda.empty_cache()
     found = fit(samples, NVLINK, f"fitted on {world} × {about['device']}, {about['date']}")
-    bench.add({"kind": "fit", **asdict(replace(found, network=found.network))})
+    bench.add({"kind": "fit", **asdict(found)})
+    for line in choices(bench.lines, groups.layout, found.network):
+        bench.add(line)
     dist.destroy_process_group()
 
 

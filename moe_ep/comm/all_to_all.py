@@ -92,6 +92,10 @@ class AllToAll(Combine):
             pending = _return(self.rail, pending.wait(), way.between, f"{routed.place} combine between nodes")
         return pending
 
+    def parts(self, routed: Routed, wanted: int) -> int:
+        """See `Combine`: one, since every rank has a number of rows of its own."""
+        return 1
+
     def _owner(self, ids: Tensor) -> Tensor:
         """int64, −1 for padding."""
         if self.owners.device != ids.device:
@@ -119,10 +123,10 @@ def _return(group: Group, partial: Tensor, copies: _Copies, place: str) -> Pendi
 
     def finish() -> Tensor:
         found = under_way.wait()
-        found = torch.cat((found, found.new_zeros(1, found.shape[1])))
         out = found.new_zeros(copies.back.shape[0], found.shape[1])
-        for column in copies.back.unbind(1):
-            out.add_(found[column])
+        for column in copies.back.unbind(1) if len(found) else ():
+            copied = (column < len(found))[:, None]
+            out.add_(found[column.clamp(max=len(found) - 1)].masked_fill_(~copied, 0))
         return out
 
     return Pending(finish)

@@ -47,13 +47,10 @@ class Auto(Combine):
         strategy, inner = _unwrapped(routed)
         return strategy.begin(partial, inner)
 
-    def chunks(self, routed: Routed, fractions: Sequence[float]) -> list[tuple[slice, Routed]]:
+    def parts(self, routed: Routed, wanted: int) -> int:
         """See `Combine`."""
         strategy, inner = _unwrapped(routed)
-        return [
-            (rows, Routed(part.x, part.topk, _Way(strategy, part.way), part.place))
-            for rows, part in strategy.chunks(inner, fractions)
-        ]
+        return strategy.parts(inner, wanted)
 
 
 def _unwrapped(routed: Routed | None) -> tuple[Combine, Routed]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_ep.comm.group import Group, Pending
 from moe_ep.comm.reduce import combine_place
-from moe_ep.comm.strategy import Combine, Routed, cut
+from moe_ep.comm.strategy import Combine, Routed
 from moe_ep.comm.wire import Payload, RowFormat
 from moe_ep.spec import TopKOutput
 
@@ -58,22 +58,6 @@ class AllGather(Combine):
         way = _way(routed)
         whole = self.group.reduce_scatter(partial.to(self.dtype), combine_place(routed))
         return Pending(lambda: whole.wait()[: way.own])
-
-    def chunks(self, routed: Routed, fractions: Sequence[float]) -> list[tuple[slice, Routed]]:
-        """See `Combine`: the same rows of every rank make a part."""
-        way, p = _way(routed), self.group.size
-
-        def of(tensor: Tensor, part: slice) -> Tensor:
-            return tensor.view(p, way.rows, tensor.shape[1])[:, part].flatten(0, 1)
-
-        found = []
-        for part in cut(way.rows, fractions):
-            topk = TopKOutput(of(routed.topk.topk_weights, part), of(routed.topk.topk_ids, part), None)
-            own = min(part.stop, way.own) - min(part.start, way.own)
-            there = _Way(part.stop - part.start, own)
-            rows = slice(min(part.start, way.own), min(part.stop, way.own))
-            found.append((rows, Routed(of(routed.x, part), topk, there, routed.place)))
-        return found
 
 
 def _way(routed: Routed | None) -> _Way:

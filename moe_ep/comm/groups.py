@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moe_ep.comm.all_to_all import AllToAll
 from moe_ep.comm.gather import AllGather
-from moe_ep.comm.group import Group, Watcher
+from moe_ep.comm.group import SPARED, Group, Watcher
 from moe_ep.comm.reduce import AllReduce, Alone, ReduceScatter
 from moe_ep.comm.strategy import Combine
 from moe_ep.comm.wire import Payload
@@ -68,10 +68,13 @@ def owners(experts: int, ranks: int) -> torch.Tensor:
 
 def _options() -> Any:
     """For NCCL, streams of high priority: else the shared expert's blocks, all queued at once, come before those of the
-    collective that they are to hide."""
+    collective that they are to hide. On NVIDIA it takes no more than the processors that are spared for it."""
     if dist.get_backend() != "nccl":
         return None
-    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if torch.version.hip is None:
+        options.config.max_ctas = SPARED
+    return options
 
 
 def ep_groups(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_ep.comm.group import Group, Pending
-from moe_ep.comm.strategy import Combine, Routed, cut
+from moe_ep.comm.strategy import Combine, Routed
 from moe_ep.spec import TopKOutput
 
 
@@ -21,13 +21,6 @@ class _SameTokens(Combine):
     def dispatch(self, x: Tensor, topk: TopKOutput, counts: Sequence[int] | None = None, place: str = "") -> Routed:
         """See `Combine`."""
         return Routed(x, topk, place=place)
-
-    def chunks(self, routed: Routed, fractions: Sequence[float]) -> list[tuple[slice, Routed]]:
-        """See `Combine`."""
-        return [
-            (part, Routed(routed.x[part], part_of(routed.topk, part), place=routed.place))
-            for part in cut(routed.x.shape[0], fractions)
-        ]
 
     def _summands(self, partial: Tensor) -> Tensor:
         return partial.to(self.dtype or partial.dtype)
@@ -83,8 +76,3 @@ class Alone(Combine):
 def combine_place(routed: Routed | None) -> str:
     """Where a combine stands, for errors."""
     return f"{routed.place} combine" if routed is not None and routed.place else "combine"
-
-
-def part_of(topk: TopKOutput, rows: slice) -> TopKOutput:
-    """The routes of some tokens."""
-    return TopKOutput(topk.topk_weights[rows], topk.topk_ids[rows], None)

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch.distributed as dist
@@ -42,7 +41,8 @@ class Combine(ABC):
 
     @abstractmethod
     def begin(self, partial: Tensor, routed: Routed | None = None) -> Pending:
-        """Begin to combine the experts' partial [R, H] into the sum [M, H] for this rank's tokens.
+        """Begin to combine the experts' partial [R, W], W = H or a range of the columns, into the sum [M, W] for this
+        rank's tokens.
 
         `partial` may be overwritten.
         """
@@ -51,12 +51,12 @@ class Combine(ABC):
         """`begin`, and wait."""
         return self.begin(partial, routed).wait()
 
-    def chunks(self, routed: Routed, fractions: Sequence[float]) -> list[tuple[slice, Routed]]:
-        """Parts that are combined one after the other, with the rows of the result that each gives.
+    def parts(self, routed: Routed, wanted: int) -> int:
+        """In how many ranges of columns the sums may be combined one after the other: as many on every rank.
 
-        A strategy that has only the whole gives that.
+        `wanted`, which follows from the rows that there are, unless these differ between ranks.
         """
-        return [(slice(None), routed)]
+        return wanted
 
 
 def combine_for(ep_size: int, group: dist.ProcessGroup | None = None) -> Combine:
@@ -65,10 +65,3 @@ def combine_for(ep_size: int, group: dist.ProcessGroup | None = None) -> Combine
     from moe_ep.comm.reduce import AllReduce, Alone
 
     return AllReduce(Group(group)) if ep_size > 1 else Alone()
-
-
-def cut(rows: int, fractions: Sequence[float], quantum: int = 1) -> list[slice]:
-    """`rows` cut in about these fractions, each part but the last a multiple of `quantum`; empty parts are left out."""
-    ends = [min(rows, round(rows * sum(fractions[: i + 1]) / quantum) * quantum) for i in range(len(fractions) - 1)]
-    edges = sorted({0, rows, *ends})
-    return [slice(a, b) for a, b in pairwise(edges)] or [slice(0, 0)]

@@ -31,8 +31,8 @@ class RowFormat:
 
     @property
     def row_bytes(self) -> int:
-        """Of the whole row; the ids begin at a multiple of 4."""
-        return self._ids_at + _ROUTE_BYTES * self.top_k
+        """Of the whole row."""
+        return self.ids_at + _ROUTE_BYTES * self.top_k
 
     @property
     def _scales(self) -> int:
@@ -43,27 +43,44 @@ class RowFormat:
         return -self.state_bytes % 4
 
     @property
-    def _ids_at(self) -> int:
+    def ids_at(self) -> int:
+        """The byte at which the ids begin, a multiple of 4."""
         return self.state_bytes + self._padding
 
     def pack(self, x: Tensor, topk: TopKOutput) -> Tensor:
         """uint8 [M, row_bytes] of x bf16 [M, H], ids int [M, k] and weights [M, k]."""
         rows = torch.empty(x.shape[0], self.row_bytes // 4, dtype=torch.int32, device=x.device)
+        if x.is_cuda:
+            from moe_ep import passes  # Triton is imported only where there is a GPU
+
+            given = (x.contiguous(), topk.topk_ids.contiguous(), topk.topk_weights.float().contiguous())
+            if passes.takes(*given):
+                passes.pack(*given, rows.view(torch.uint8), self.ids_at, fp8=self.payload == "fp8")
+                return rows.view(torch.uint8)
         if self.payload == "bf16":
-            rows[:, : self._ids_at // 4] = _words(x)
+            rows[:, : self.ids_at // 4] = _words(x)
         else:
             codes, scales = quantise_rows(x)
             state = torch.nn.functional.pad(torch.cat((codes.view(torch.uint8), scales), 1), (0, self._padding))
-            rows[:, : self._ids_at // 4] = _words(state)
-        ids, weights = self._ids_at // 4, self._ids_at // 4 + self.top_k
+            rows[:, : self.ids_at // 4] = _words(state)
+        ids, weights = self.ids_at // 4, self.ids_at // 4 + self.top_k
         rows[:, ids:weights] = topk.topk_ids
         rows[:, weights:] = _words(topk.topk_weights.float())
         return rows.view(torch.uint8)
 
     def unpack(self, rows: Tensor) -> tuple[Tensor, TopKOutput]:
         """x bf16 [M, H] and the routes of rows uint8 [M, row_bytes]."""
-        weights = _part(rows, self._ids_at + 4 * self.top_k, self.row_bytes).view(torch.float32)
-        state = _part(rows, 0, self._ids_at)
+        if rows.is_cuda:
+            from moe_ep import passes
+
+            if passes.takes(rows):
+                count, k = rows.shape[0], self.top_k
+                x = rows.new_empty(count, self.hidden, dtype=torch.bfloat16)
+                ids, values = rows.new_empty(count, k, dtype=torch.int32), rows.new_empty(count, k, dtype=torch.float32)
+                passes.unpack(rows, x, ids, values, self.ids_at, fp8=self.payload == "fp8")
+                return x, TopKOutput(values, ids, None)
+        weights = _part(rows, self.ids_at + 4 * self.top_k, self.row_bytes).view(torch.float32)
+        state = _part(rows, 0, self.ids_at)
         if self.payload == "bf16":
             return state.view(torch.bfloat16), TopKOutput(weights, self.ids(rows), None)
         raw = state.view(torch.uint8)
@@ -73,11 +90,11 @@ class RowFormat:
 
     def ids(self, rows: Tensor) -> Tensor:
         """int32 [M, k] of rows."""
-        return _part(rows, self._ids_at, self._ids_at + 4 * self.top_k)
+        return _part(rows, self.ids_at, self.ids_at + 4 * self.top_k)
 
     def nobody(self, rows: Tensor) -> None:
         """Make these rows padding: tokens without routes."""
-        rows[:, self._ids_at : self._ids_at + 4 * self.top_k] = 255  # −1
+        rows[:, self.ids_at : self.ids_at + 4 * self.top_k] = 255  # −1
 
 
 def _words(x: Tensor) -> Tensor:

@@ -132,6 +132,15 @@ def fit(config: LaunchConfig, hidden: int, inner: int) -> LaunchConfig | None:
     return replace(config, gate_up=gate_up, down=down) if gate_up and down else None
 
 
+def fit_down(config: LaunchConfig, hidden: int, inner: int, *, fp8: bool = False) -> Gemm | None:
+    """The second GEMM's part of `fit`, or with `fp8` of `fit_fp8`, alone: for a range of `hidden` features."""
+    if config.kernel == "tile":
+        return config.down
+    if config.kernel in REGISTER_KERNELS:
+        return _fit_stream(config.down, padded(inner) if fp8 else inner, hidden // 2)
+    return _fit_warpgroup(config.down, config.block_m, inner, hidden // 2)
+
+
 def _fit_stream(gemm: Gemm, k: int, n: int) -> Gemm | None:
     groups, across = k // 128, gemm.warps // gemm.slices
     if k % 128 or n % 16:

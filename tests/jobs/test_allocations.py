@@ -12,15 +12,19 @@ from moe_ep import workspace
 from moe_ep.backends import triton_kernel
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Alone
+from moe_ep.comm.groups import ep_groups
+from moe_ep.cost import OWN_TOKENS, Wire
 from moe_ep.dense import dense_layer
 from moe_ep.exchange import ColumnExchange
-from moe_ep.footprint import kept_bytes, loading_bytes, parity_bytes, pass_bytes
+from moe_ep.footprint import Sharing, kept_bytes, loading_bytes, parity_bytes, pass_bytes
 from moe_ep.loading import load_layers
+from moe_ep.network import Layout
 from moe_ep.placement import WHOLE, Slice
 from moe_ep.selector import select_backend
 from moe_ep.shape import ModelShape
 from moe_ep.spec import MoELayerSpec, Mxfp4Config
 from moe_ep.synthetic import write_checkpoint
+from tests.moe_ep.test_layer import on_ranks
 from tests.moe_ep.ways import WAYS, Way, arch_of, call, device_of, impl_of
 
 WIDE = ModelShape(hidden=512, intermediate=256, layers=2, experts=4, top_k=3, vocab=64)
@@ -29,7 +33,7 @@ PADDED = ModelShape(hidden=160, intermediate=256, layers=2, experts=5, top_k=3, 
 # On a GPU allocations are rounded, and a library's own among them.
 LARGE = ModelShape(hidden=2048, intermediate=1024, layers=2, experts=8, top_k=6, vocab=64)
 SHAPES = {"wide": WIDE, "deep": DEEP, "padded": PADDED} | ({"large": LARGE} if torch.cuda.is_available() else {})
-PARITY = 8
+PARITY, TOKENS = 8, 16
 CASES = [
     *((way, *case) for way in ("reference", "interpreter") for case in (("wide", 1), ("deep", 2), ("padded", 1))),
     *((way, "large", cut) for way in WAYS if way == "cuda" for cut in (1, 2)),
@@ -94,11 +98,11 @@ def test_what_was_planned_is_what_is_allocated_within_five_percent(
     shape = SHAPES[name]
     found = call(way, measured, checkpoints / name, way, cut)
     cuts: dict[str, Any] = {"expert_tp": cut, "shared_tp": cut}
-    kernels = way != "reference"
+    kernels, sharing = way != "reference", Sharing(gpu=way == "cuda")
     planned = {
         "loading": loading_bytes(shape, shape.layers, shape.experts, **cuts, kernels=kernels),
-        "parity": parity_bytes(shape, PARITY, PARITY, **cuts, kernels=kernels),
-        "pass": pass_bytes(shape, most_tokens(way), kept=PARITY, **cuts, kernels=kernels),
+        "parity": parity_bytes(shape, PARITY, PARITY, **cuts, kernels=kernels, sharing=sharing),
+        "pass": pass_bytes(shape, most_tokens(way), kept=PARITY, **cuts, kernels=kernels, sharing=sharing),
         "weights": sum(shape.held_bytes(shape.all_layers, shape.experts, **cuts).values()),
     }
     if way == "reference" and name == "padded":
@@ -107,6 +111,35 @@ def test_what_was_planned_is_what_is_allocated_within_five_percent(
     for part, bytes_ in planned.items():
         assert found[part] == pytest.approx(bytes_, rel=0.05), part
     assert found["held"] == pytest.approx(found["weights"], rel=5e-3)
+
+
+def tokens_of_ones_own_take_what_is_planned(rank: int, world: int, path: Path, way: Way) -> None:
+    """Gathered, unpacked, computed and scattered; an all-to-all takes at most that."""
+    checkpoint, device = Checkpoint.open(path), torch.device("cpu")
+    shape, groups = checkpoint.shape, ep_groups(world, rank, Layout(world, world), 60)
+    spec = MoELayerSpec.of_rank(shape, 0, rank, world)
+    backend = select_backend(spec, Mxfp4Config(), arch="cpu", impl=impl_of(way))
+    layer = load_layers(checkpoint, {0: backend}, Alone(), device)[0]
+    given = torch.randn(TOKENS // world, shape.hidden).bfloat16()
+    planned = pass_bytes(shape, TOKENS, sharing=Sharing(world, Wire().row_bytes(shape)))
+    for name in OWN_TOKENS:
+        layer.combine = groups.strategy(name, shape.experts)
+        triton_kernel._op.cache_clear()
+        workspace._kept.clear()
+        watch = Allocations(device)
+        with watch.during("pass"):
+            out = x = given.clone()
+            for _ in range(2):
+                out = layer(out, torch.zeros(len(given), dtype=torch.int64), [len(given)] * world)
+            del x, out
+        if name == "all_gather":
+            assert watch.most["pass"] == pytest.approx(planned, rel=0.05)
+        else:
+            assert watch.most["pass"] <= 1.05 * planned
+
+
+def test_buffers_of_tokens_of_ones_own_are_planned(checkpoints: Path, tmp_path: Path) -> None:
+    on_ranks(2, tmp_path / "store", tokens_of_ones_own_take_what_is_planned, checkpoints / "wide", "interpreter")
 
 
 def test_a_part_counts_what_lives_at_the_same_time_and_forgets_what_was_there_before() -> None:

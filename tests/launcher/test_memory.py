@@ -71,7 +71,7 @@ def test_the_report_that_began_this_is_refused_as_it_was_found() -> None:
     assert {round(rank.items[0].job / 1e9) for rank in ep1.ranks} == {822}
     assert {round(rank.items[0].job / 1e8) for rank in ep4.ranks} == {2055}
     assert ep4.job.advice == ("4 nodes (topology.nodes=4, tp=16, ep=16)",)
-    assert describe(ep4.job).startswith("does not fit: 228 GB of 125.8 GB a rank; would fit: 4 nodes")
+    assert describe(ep4.job).startswith("does not fit: 227.6 GB of 125.8 GB a rank; would fit: 4 nodes")
 
 
 def test_pro_on_two_nodes_is_tight_as_a_probe_and_too_large_as_a_whole_and_comfortable_on_four() -> None:
@@ -246,7 +246,7 @@ def test_the_command_shows_items_nodes_and_verdicts_and_exits_by_the_job(tmp_pat
         "102.8 GB",
         "48 of 384 a layer",
         "0, 1",
-        "this probe: tight: 117.9 GB of 125.8",
+        "this probe: tight: 117.8 GB of 125.8",
     ):
         assert text in done.stdout
     refused = launcher(tmp_path, "plan", str(ROOT / "configs/repro-1node-ep4.yaml"), "--json")

@@ -1,4 +1,4 @@
-"""The strategies on two GPUs of one host, through NCCL: sums, graphs, chunks, and who a collective waits for."""
+"""The strategies on two GPUs of one host, through NCCL: sums, graphs, ranges, and who a collective waits for."""
 
 import os
 import time
@@ -42,7 +42,7 @@ def _start(rank: int, store: str) -> None:
 
 
 def check_layers(bench: Bench, groups: EpGroups) -> None:
-    """Every strategy, whole and in chunks, against partials that are added up on one device."""
+    """Every strategy, whole and in ranges of columns, against partials that are added up on one device."""
     (layer,) = build_layers(TINY, bench, 1)
     for tokens in (0, 1, 7, 300):
         whole, counts = tokens_of(TINY, tokens, bench, own=False)
@@ -61,13 +61,13 @@ def check_layers(bench: Bench, groups: EpGroups) -> None:
             own = layer.combine.own_tokens
             want: Tensor = expected[first : first + counts[bench.rank]] if own else expected
             x, _ = tokens_of(TINY, tokens, bench, own=own)
-            for fractions in ((1.0,), (0.5, 0.25, 0.25)):
-                layer.fractions = lambda rows, cut=fractions: cut
+            for parts in (1, 2, 4):
+                layer.cut = lambda rows, parts=parts: parts
                 got = layer(x, counts=counts)
                 assert got.shape == want.shape
                 if len(want):
-                    assert relative_error(got, want) < 8e-3, (name, tokens, fractions)
-        layer.fractions = None
+                    assert relative_error(got, want) < 8e-3, (name, tokens, parts)
+        layer.cut = None
 
 
 def check_that_an_all_to_all_is_not_captured(bench: Bench, groups: EpGroups) -> None:

@@ -9,6 +9,8 @@ from moe_ep.bench.fit import Part, Sample, fit
 from moe_ep.cost import (
     OWN_TOKENS,
     SAME_TOKENS,
+    Choice,
+    Name,
     Wire,
     choose,
     combine_us,
@@ -110,6 +112,29 @@ def test_few_tokens_are_reduced_whole_many_are_scattered_and_far_ranks_exchange(
     assert captured.why.endswith("all_to_all cannot be captured")
 
 
+def test_what_was_measured_corrects_the_model() -> None:
+    layout = Layout(8, 4)
+    measured: dict[int, dict[Name, float]] = {
+        64: {"all_gather": 900.0, "all_to_all": 300.0},
+        4096: {"all_gather": 1000.0, "all_to_all": 1010.0},
+    }
+
+    def taken(tokens: int, *, capturing: bool = False) -> Choice:
+        return choose(True, layout, PRO, tokens, WIRE, SLINGSHOT, capturing=capturing, measured=measured)
+
+    assert choose(True, layout, PRO, 64, WIRE, SLINGSHOT).name == "all_gather"
+    at_64 = taken(64)
+    assert at_64.name == "all_to_all"
+    assert at_64.us == pytest.approx(measured[64]), "there it is what was measured"
+    assert "; as measured at 64 tokens" in at_64.why
+    assert taken(64, capturing=True).name == "all_gather"
+    assert taken(4096).name == "all_gather", "by one per cent, too"
+    assert taken(300).why.endswith("as measured at 64 tokens")
+    assert taken(600).why.endswith("as measured at 4096 tokens")
+    alone = choose(False, Layout(1, 1), PRO, 8, WIRE, SLINGSHOT, measured={8: {"all_reduce": 1, "reduce_scatter": 1}})
+    assert alone.us == {"all_reduce": 0, "reduce_scatter": 0}
+
+
 def test_more_bytes_a_second_never_take_longer() -> None:
     faster = replace(SLINGSHOT, fabric=Link(32, 80e9), node=Link(4, 800e9))
     for name, ranks, tokens in product((*SAME_TOKENS, *OWN_TOKENS), (4, 8, 64), (1, 4096)):
@@ -138,17 +163,15 @@ def test_the_kernels_take_about_what_an_h200_measured() -> None:
         assert op_us(Layout(2, 2), shape, tokens, device) == pytest.approx(us, rel=0.1)
 
 
-def test_a_prefill_is_cut_where_that_is_faster_and_a_decode_is_not() -> None:
+def test_a_second_gemm_is_cut_where_that_is_faster() -> None:
     layout = Layout(8, 4)
-    assert cut_for_overlap("all_reduce", layout, PRO, 8, WIRE, SLINGSHOT, MI300A) == (1.0,)
-    assert cut_for_overlap("all_to_all", layout, PRO, 65536, WIRE, SLINGSHOT, MI300A) == (1.0,)
-    cut = cut_for_overlap("all_reduce", layout, PRO, 65536, WIRE, SLINGSHOT, MI300A)
-    assert sum(cut) == 1
-    compute = op_us(layout, PRO, 65536, MI300A)
-    combine = combine_us("all_reduce", layout, PRO, 65536, WIRE, SLINGSHOT)
-    parts = [
-        (op_us(layout, PRO, 65536 * f, MI300A), combine_us("all_reduce", layout, PRO, 65536 * f, WIRE, SLINGSHOT))
-        for f in cut
-    ]
-    hidden = compute + combine - pipeline_us(*zip(*parts, strict=True))
-    assert hidden > 0.6 * min(compute, combine)  # what is left are the first chunk, and experts read anew
+
+    def parts(name: Name, tokens: int, *, whole_shared: bool) -> int:
+        return cut_for_overlap(name, layout, PRO, tokens, WIRE, SLINGSHOT, MI300A, whole_shared=whole_shared)
+
+    assert parts("all_reduce", 8, whole_shared=False) == 1, "a decode is not"
+    assert parts("all_to_all", 65536, whole_shared=False) == 1, "nor what every rank has other rows of"
+    assert parts("all_reduce", 65536, whole_shared=False) == 4
+    short = replace(SLINGSHOT, fabric=Link(32, 1e12), node=Link(4, 1e12))
+    hidden = cut_for_overlap("all_reduce", layout, PRO, 65536, WIRE, short, MI300A)
+    assert hidden == 1, "nor where the shared expert hides the combine anyway"

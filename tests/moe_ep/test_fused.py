@@ -1,13 +1,16 @@
 """`fused_moe_mxfp4`: both implementations against the formulas, and the traps of mxfp4 with EP."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from moe_ep import fused_moe_mxfp4
+from moe_ep.fused import fused_moe_mxfp4_by_columns
 from moe_ep.order import to_kernel_order
 from moe_ep.placement import Placement
+from moe_ep.spec import ActivationDtype
 from moe_ep.weights import Order
 from tests.moe_ep.experts import by_formula, make_experts, make_tokens, partial, relative_error
 from tests.moe_ep.ways import Way, call, every_way, impl_of
@@ -144,6 +147,38 @@ def test_equal_inputs_give_equal_bits(way: Way, device: torch.device) -> None:
     experts = make_experts(6, 64, 64, device)
     batch = make_tokens(40, 64, 6, 6, device)
     assert torch.equal(partial(experts, batch, way), partial(experts, batch, way))
+
+
+def by_columns(*args: Any, **options: Any) -> list[torch.Tensor]:
+    return list(fused_moe_mxfp4_by_columns(*args, **options))
+
+
+@pytest.mark.parametrize("activations", ["bf16", "fp8"])
+@pytest.mark.parametrize("hidden", [256, 160])
+@pytest.mark.parametrize("tokens", [0, 33])
+def test_ranges_of_columns_are_those_of_the_whole_bit_by_bit(
+    way: Way, tokens: int, hidden: int, activations: ActivationDtype, device: torch.device
+) -> None:
+    """Ranks have experts 0 to 3 of 8. Of 160 features a quarter is no multiple of 16 rows, which kernels do not cut."""
+    experts = make_experts(8, hidden, 128, device, bias=True).rows(range(4))
+    batch = make_tokens(tokens, hidden, 8, 3, device)
+    packed = (batch.x, experts.w13, experts.w13_scale, experts.w2, experts.w2_scale, batch.ids, batch.weights)
+    expert_map = torch.tensor([0, 1, 2, 3, -1, -1, -1, -1], dtype=torch.int32, device=device)
+    options = {"b13": experts.b13, "b2": experts.b2, "expert_map": expert_map, "activation_dtype": activations}
+    options |= {"impl": impl_of(way), "out_dtype": torch.float32}
+    whole = call(way, fused_moe_mxfp4, *packed, **options)
+    for parts in (1, 2, 4):
+        ranges = call(way, by_columns, *packed, **options, parts=parts, spare=24)
+        assert [part.shape for part in ranges] == [(tokens, hidden // parts)] * parts
+        assert all(part.is_contiguous() for part in ranges), "they go to collectives"
+        assert torch.equal(torch.cat(ranges, 1), whole)
+
+
+def test_ranges_that_do_not_divide_the_hidden_size_are_refused(way: Way, device: torch.device) -> None:
+    experts, batch = make_experts(4, 64, 32, device), make_tokens(2, 64, 4, 2, device)
+    packed = (batch.x, experts.w13, experts.w13_scale, experts.w2, experts.w2_scale, batch.ids, batch.weights)
+    with pytest.raises(ValueError, match="parts is 3, expected a divisor of H = 64"):
+        call(way, by_columns, *packed, parts=3, impl=impl_of(way))
 
 
 def test_scales_may_come_as_e8m0_or_as_bytes(way: Way, device: torch.device) -> None:

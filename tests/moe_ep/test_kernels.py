@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_ep import workspace
+from moe_ep import fused_moe_mxfp4, workspace
 from moe_ep.backends.triton_kernel import using
+from moe_ep.fused import fused_moe_mxfp4_by_columns
 from moe_ep.kernels.launch import Gemm, Kernel, LaunchConfig, fit
 from tests.moe_ep.experts import Experts, Tokens, _partial, by_formula, make_experts, make_tokens, relative_error
 from tests.moe_ep.ways import WAYS, Way, call, device_of
@@ -55,6 +56,12 @@ def cases() -> list[Any]:
 NAMES = ("way", "kernel", "block_m", "gemm")
 by_kernel = pytest.mark.parametrize(NAMES, cases())
 of_hopper = pytest.mark.parametrize(NAMES, [case for case in cases() if "warpgroup" in case.values])
+
+
+SMALL = (("stream", 16, Gemm(16, 1, 1)), ("cdna3", 16, Gemm(16, 4, 2, slices=4)))
+in_ranges = pytest.mark.parametrize(
+    NAMES, [case for case in cases() if case.values[0] == "cuda" or case.values[1:] in SMALL]
+)
 
 
 def inner_for(kernel: Kernel) -> int:
@@ -125,6 +132,26 @@ def test_other_tokens_in_the_same_memory_give_what_they_gave_alone(
     alone = call(way, run, config, experts, first)
     call(way, run, config, experts, second)
     assert torch.equal(call(way, run, config, experts, first), alone)
+
+
+def whole_and_ranges(config: LaunchConfig, experts: Experts, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = (tokens.x, experts.w13, experts.w13_scale, experts.w2, experts.w2_scale, tokens.ids, tokens.weights)
+    options: dict[str, Any] = {"b13": experts.b13, "b2": experts.b2, "impl": "triton_kernel"}
+    options["out_dtype"] = torch.float32
+    with using(config):
+        ranges = list(fused_moe_mxfp4_by_columns(*packed, **options, parts=2, spare=24))
+        return fused_moe_mxfp4(*packed, **options), torch.cat(ranges, 1)
+
+
+@in_ranges
+def test_ranges_of_columns_are_those_of_the_whole_bit_by_bit(
+    way: Way, kernel: Kernel, block_m: int, gemm: Gemm
+) -> None:
+    device = device_of(way)
+    experts = make_experts(3, HIDDEN, inner_for(kernel), device, bias=True)
+    tokens = make_tokens(9, HIDDEN, 3, 2, device)
+    whole, ranges = call(way, whole_and_ranges, config_of(kernel, block_m, gemm), experts, tokens)
+    assert torch.equal(ranges, whole)
 
 
 def test_memory_of_a_part_is_kept_for_its_stream_and_grows_twofold() -> None:

@@ -128,25 +128,25 @@ def check_copies_take_turns(layer: MoELayer, arrangement: Arrangement, rank: int
 
 
 def check_against_dense(checkpoint: Checkpoint, number: int, layer: MoELayer, rank: int) -> None:
-    """Whole and in chunks, with tokens alike and of one's own; the counted load is that of all routes, once."""
+    """Whole and in ranges of columns, tokens alike and of one's own; the counted load is that of all routes, once."""
     x, token_ids = tokens(13)
     counts = [6, 0, 4, 3] if layer.combine.own_tokens else [13] * 4
     first = sum(counts[:rank]) if layer.combine.own_tokens else 0
     mine = slice(first, first + counts[rank])
     expected = dense_layer(checkpoint, number, x[mine], token_ids[mine]) if counts[rank] else x[mine]
-    for fractions in ((1.0,), (0.25, 0.75), (0.125,) * 8):
-        layer.fractions = lambda rows, cut=fractions: cut
+    for parts in (1, 2, 4):
+        layer.cut = lambda rows, parts=parts: parts
         layer.record_load()
         out = layer(x[mine], token_ids[mine], counts)
         assert out.shape == expected.shape
         if counts[rank]:
-            assert relative_error(out, expected) < TOLERANCE, (layer.combine.name, fractions)
+            assert relative_error(out, expected) < TOLERANCE, (layer.combine.name, parts)
         assert layer.load is not None
         assert int(layer.load.sum()) == counts[rank] * SHAPE.top_k
         assert len(layer.load) == SHAPE.experts, "experts are counted, wherever their copies are"
 
 
-def test_every_strategy_whole_in_chunks_and_arranged_by_load_equals_the_dense_reference(
+def test_every_strategy_whole_in_ranges_and_arranged_by_load_equals_the_dense_reference(
     path: Path, tmp_path: Path
 ) -> None:
     on_ranks(4, tmp_path / "store", every_way_of_the_layer_equals_the_dense_reference, path)
