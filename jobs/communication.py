@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jobs.events import UNWRITABLE, EventLog, RunFolderError
+from jobs.graphs import MOST_TOKENS, capture
 from jobs.request import ProbeRequest
 from jobs.scratch import remove
 from jobs.stages import Place, tokens
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # not in __all__
 
 _EARLY = 0.9  # of the time limit of a collective: who is missing is told before the library ends the process
+
+_ROW = 8  # calls in a CUDA graph, so that its own launch counts for little
+_PASS = 8  # layers that a strategy's layer time is taken over: more weights than a cache holds
 
 _KEPT = 4096  # answers of the cost model, by number of tokens
 
@@ -110,13 +114,18 @@ class Communication:
         }
 
     def line(self, layers: Mapping[int, MoELayer], batch: int) -> dict[str, Any]:
-        """Every strategy's dispatch and combine of `batch` tokens of the group, of the slowest rank, beside the model.
+        """Every strategy's dispatch and combine of `batch` tokens of the group, of the slowest rank, beside the model,
+        and a layer with it. Where a strategy can be captured, of passes replayed from a CUDA graph (`jobs.graphs`).
 
         chosen: by the cost model. over_best: its measured time over that of the fastest, less 1.
         """
         x, token_ids = tokens(self.request, self.where, batch, salt=-1)
         layer = next(iter(layers.values()))
-        lines = [self._line(name, layer, batch, x, token_ids) for name in self.names]
+        lines = [
+            self._line(name, layer, batch, x, token_ids)
+            | {"layer_us": self._layer_us(name, [*layers.values()][:_PASS], batch, x, token_ids)}
+            for name in self.names
+        ]
         chosen = self.choose(batch)
         took = {line["strategy"]: line["dispatch_us"] + line["combine_us"] for line in lines}
         return {
@@ -137,21 +146,59 @@ class Communication:
         before = self._sent()
         combine(summands, combine.dispatch(x, topk, counts, "comm stage"))
         sent = self._sent() - before
+        capturable = combine.capturable and 0 < batch <= MOST_TOKENS
+        back, captured = self._us(lambda: combine(summands, routed), capturable)
+        there = 0.0  # there is none where all ranks have the tokens
+        if combine.own_tokens:
+            there, _ = self._us(lambda: combine.dispatch(x, topk, counts, "comm stage").x, capturable)
         return {
             "strategy": name,
-            "dispatch_us": self._us(lambda: combine.dispatch(x, topk, counts, "comm stage").x),
-            "combine_us": self._us(lambda: combine(summands, routed)),
+            "captured": captured,
+            "dispatch_us": there,
+            "combine_us": back,
             "predicted_dispatch_us": dispatch_us(*of_model),
             "predicted_combine_us": combine_us(*of_model),
             "sent_bytes": sent,
             "predicted_bytes": traffic(*of_model[:5]).total,
         }
 
-    def _us(self, work: Callable[[], Tensor]) -> float:
+    def _layer_us(
+        self, name: Name, layers: Sequence[MoELayer], batch: int, x: Tensor, token_ids: Tensor
+    ) -> float | None:
+        """µs of one of `layers`, which follow one another; None where the strategy cannot be had with them."""
+        if name == "all_to_all" and layers[0].shared_is_sharded:
+            return None
+        usual, combine = layers[0].combine, self.strategy(name)
+        counts = self.where.tokens_of(self.request, batch)
+
+        def one_pass() -> Tensor:
+            out = x
+            for layer in layers:
+                out = layer(x, token_ids, counts)
+            return out
+
+        try:
+            for layer in layers:
+                layer.combine = combine
+            us, _ = self._us(one_pass, combine.capturable and 0 < batch <= MOST_TOKENS, 1)
+            return us / len(layers)
+        finally:
+            for layer in layers:
+                layer.combine = usual
+
+    def _us(self, work: Callable[[], Tensor], capturable: bool, row: int = _ROW) -> tuple[float, bool]:
+        """The median of the slowest rank, and whether it is of a call of `row` in a CUDA graph."""
+
+        def several() -> None:
+            for _ in range(row):
+                work()
+
         work()
-        seconds = [timed(work, self.where.device)[0] for _ in range(self.request.repeats)]
+        replay = capture(several, self.where) if capturable else None
+        calls = row if replay else 1
+        seconds = [timed(replay or work, self.where.device)[0] / calls for _ in range(self.request.repeats)]
         ordered = of_the_slowest_rank(seconds, self.where)
-        return ordered[len(ordered) // 2] * 1e6
+        return ordered[len(ordered) // 2] * 1e6, replay is not None
 
     def _sent(self) -> int:
         return sum(group.sent for group in {id(group): group for group in self.groups.all}.values())

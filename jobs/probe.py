@@ -137,16 +137,17 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
         planned = data["planned"] = stages.check_fits(request, where, record.selected)
         watch = Allocations(device)
         arrivals = Arrivals(store, rank.rank, rank.world)
-        checkpoint = stages.open_checkpoint(request, where)
         before = environment.allocated(device)
         loading = tell(log, arrivals)
         exchange = stages.exchange(request, where, arrivals)
         if request.kind == "preshard":
+            checkpoint = stages.open_checkpoint(request, where)
             data |= stages.preshard(request, where, checkpoint, exchange, loading)
         else:
+            weights = stages.open_weights(request, where)
             combine = comm.strategy(request.comm.strategy)
             with watch.during("loading"):
-                layers, loaded = stages.load(request, where, checkpoint, combine, exchange, loading)
+                layers, loaded = stages.load(request, where, weights, combine, exchange, loading)
             for layer in layers.values():
                 layer.fractions = comm.fractions
             held = watch.now
@@ -166,7 +167,7 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
         data |= kept.get("parity", {})
         for number in request.parity_layers if "parity" not in kept else ():
             with watch.during("parity"):
-                error = stages.parity(request, where, checkpoint, layers[number], number)
+                error = stages.parity(request, where, weights, layers[number], number)
             data["layers"][number] = {
                 "relative_error": error,
                 "routing": "hash" if request.shape.is_hash_layer(number) else "top-k",
