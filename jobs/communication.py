@@ -38,7 +38,8 @@ from moe_ep.network import Layout
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # not in __all__
 
-_EARLY = 0.9  # of the time limit of a collective: who is missing is told before the library ends the process
+EARLY = 0.9
+"""Of the time limit of a collective: who is missing is told before the library ends the process."""
 
 _ROW = 8  # calls in a CUDA graph, so that its own launch counts for little
 _PASS = 8  # layers that a strategy's layer time is taken over: more weights than a cache holds
@@ -54,8 +55,8 @@ class Communication:
         self.wire = Wire(request.comm.payload, 4 if request.comm.sums == "f32" else 2)
         self._watches: list[Watch] = []
         first_of_node = where.rank % request.ranks_per_node == 0
-        stuck = partial(_leave, log, request.scratch if first_of_node else None)
-        timeout_s = request.rank_timeout_s * _EARLY
+        stuck = partial(leave, log, request.scratch if first_of_node else None)
+        timeout_s = request.rank_timeout_s * EARLY
 
         def watch(name: str, ranks: tuple[int, ...]) -> Watch:
             found = Watch(store, name, where.rank, ranks, timeout_s, stuck)
@@ -209,7 +210,7 @@ class Communication:
             watch.close()
 
 
-def _leave(log: EventLog, scratch: str | None, text: str) -> None:
+def leave(log: EventLog, scratch: str | None, text: str) -> None:
     """Write down who is missing and end the rank: its main thread stands in the collective, or behind it."""
     status = 1
     try:
