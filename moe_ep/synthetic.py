@@ -112,7 +112,7 @@ def _whole_config(attention: AttentionShape) -> dict[str, Any]:
     return {
         **attention.to_config(),
         "num_key_value_heads": 1,
-        "qk_rope_head_dim": attention.head_dim // 2,
+        "qk_rope_head_dim": min(64, attention.head_dim // 2),
         "index_topk": 8,
         "hc_eps": 1e-6,
         "hc_sinkhorn_iters": 20,
