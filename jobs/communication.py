@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ class Communication:
     """A rank's groups and watches, made once; `close` before the process group is destroyed."""
 
     def __init__(self, request: ProbeRequest, where: Place, store: "Store", log: EventLog) -> None:
-        self.request, self.where = request, where
+        self.request = request
         self.wire = Wire(request.comm.payload, 4 if request.comm.sums == "f32" else 2)
         self._watches: list[Watch] = []
         first_of_node = where.rank % request.ranks_per_node == 0
@@ -63,6 +63,7 @@ class Communication:
             self._watches.append(found)
             return found
 
+        self.where = replace(where, watch=watch("everybody", tuple(range(where.world))) if where.world > 1 else None)
         layout = Layout.of(where.group_size, request.ranks_per_node)
         self.groups: EpGroups = ep_groups(where.world, where.rank, layout, request.rank_timeout_s, watch)
         self.names = OWN_TOKENS if request.own_tokens else SAME_TOKENS
@@ -197,7 +198,7 @@ class Communication:
         work()
         replay = capture(several, self.where) if capturable else None
         calls = row if replay else 1
-        seconds = [timed(replay or work, self.where.device)[0] / calls for _ in range(self.request.repeats)]
+        seconds = [timed(replay or work, self.where)[0] / calls for _ in range(self.request.repeats)]
         ordered = of_the_slowest_rank(seconds, self.where)
         return ordered[len(ordered) // 2] * 1e6, replay is not None
 

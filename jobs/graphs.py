@@ -27,8 +27,9 @@ def capture(work: Callable[[], object], where: Place) -> Callable[[], None] | No
         work()  # compiles, and takes the memory that is kept for this stream
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize(where.device)
-    dist.barrier()
-    torch.cuda.synchronize(where.device)
+    with where.waiting("all ranks before a capture"):
+        dist.barrier()
+        torch.cuda.synchronize(where.device)
     graph, captured = torch.cuda.CUDAGraph(), torch.ones(1, dtype=torch.int32, device=where.device)
     try:
         # thread_local: what the threads that watch collectives ask the device meanwhile does not end the capture.
@@ -37,8 +38,10 @@ def capture(work: Callable[[], object], where: Place) -> Callable[[], None] | No
     except RuntimeError as error:
         print(f"cannot be captured in a CUDA graph: {error}", file=sys.stderr, flush=True)
         captured.zero_()
-    dist.all_reduce(captured, op=dist.ReduceOp.MIN)
-    return graph.replay if captured.item() else None
+    with where.waiting("all ranks after a capture"):
+        dist.all_reduce(captured, op=dist.ReduceOp.MIN)
+        everywhere = bool(captured.item())
+    return graph.replay if everywhere else None
 
 
 @cache

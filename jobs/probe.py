@@ -121,6 +121,7 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
         record = stages.select(request, where)
         data |= record.as_dict()
         comm = communication.Communication(request, where, store, log)
+        where = comm.where
         data["comm"] = comm.record()
         if record.selected is None:
             raise NoBackendError(record)

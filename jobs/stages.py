@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from moe_ep.backends.base import MoEBackend
 from moe_ep.bench.cases import RankShape
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Combine
+from moe_ep.comm.watch import Watch
 from moe_ep.dense import Weights, dense_layer
 from moe_ep.exchange import ColumnExchange
 from moe_ep.footprint import WORK_OF, work_bytes
@@ -60,6 +61,12 @@ class Place:
     """Which group: the groups hold the same experts and work on different tokens."""
     group: dist.ProcessGroup | None
     device: torch.device
+    watch: Watch | None = None
+    """Of waits that all ranks of the world take part in, beside the collectives of their groups."""
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Where the host waits for all ranks: who does not come is named. The same on every rank."""
+        return nullcontext() if self.watch is None else self.watch.during(what)
 
     def tokens_of(self, request: ProbeRequest, count: int) -> list[int]:
         """By rank of the group, how many of `count` tokens it has: a share where each has its own, else all."""

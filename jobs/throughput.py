@@ -50,7 +50,7 @@ def sweep_one(
         return out
 
     def seconds_of_a_pass() -> float:
-        seconds, out = timed(one_pass, where.device)
+        seconds, out = timed(one_pass, where)
         finite.append(bool(out.isfinite().all()))
         return seconds
 
@@ -149,7 +149,7 @@ def _graph_us(
     if replay is None:
         return None
     replay()
-    seconds = [timed(replay, where.device)[0] for _ in range(request.repeats)]
+    seconds = [timed(replay, where)[0] for _ in range(request.repeats)]
     return statistics.median(of_the_slowest_rank(seconds, where)) / layers * 1e6
 
 
@@ -161,15 +161,17 @@ def _combine_us(
     partial = torch.zeros(routed.x.shape[0], request.shape.hidden, device=where.device)
     for _ in range(request.warmup):
         layer.combine(partial, routed)
-    seconds = [timed(lambda: layer.combine(partial, routed), where.device)[0] for _ in range(request.repeats)]
+    seconds = [timed(lambda: layer.combine(partial, routed), where)[0] for _ in range(request.repeats)]
     return statistics.median(of_the_slowest_rank(seconds, where)) * 1e6
 
 
 def of_the_slowest_rank(values: list[float], where: Place) -> list[float]:
     """Element by element the largest of all ranks, in rising order."""
     largest = torch.tensor(values, dtype=torch.float64, device=where.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return sorted(largest.tolist())
+    with where.waiting("the slowest rank's time"):
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        found: list[float] = largest.tolist()
+    return sorted(found)
 
 
 def measured_before(run_dir: Path, attempt: int, code: str) -> dict[int, dict[str, Any]]:
@@ -191,18 +193,20 @@ def measured_before(run_dir: Path, attempt: int, code: str) -> dict[int, dict[st
     return found[0]
 
 
-def timed(one_pass: Callable[[], T], device: torch.device) -> tuple[float, T]:
+def timed(one_pass: Callable[[], T], where: Place) -> tuple[float, T]:
     """Seconds of one pass, begun on all ranks together, and what came out of it."""
-    dist.barrier()
-    if device.type != "cuda":
+    with where.waiting("the beginning of a timed pass"):
+        dist.barrier()
+    if where.device.type != "cuda":
         started = time.perf_counter()
         out = one_pass()
         return time.perf_counter() - started, out
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize(where.device)
     begin.record()
     out = one_pass()
     end.record()
-    end.synchronize()
+    with where.waiting("the end of a timed pass"):  # collectives in a CUDA graph are watched by nobody else
+        end.synchronize()
     milliseconds: float = begin.elapsed_time(end)
     return milliseconds / 1e3, out
