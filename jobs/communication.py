@@ -167,8 +167,9 @@ class Communication:
     def _layer_us(
         self, name: Name, layers: Sequence[MoELayer], batch: int, x: Tensor, token_ids: Tensor
     ) -> float | None:
-        """µs of one of `layers`, which follow one another; None where the strategy cannot be had with them."""
-        if name == "all_to_all" and layers[0].shared_is_sharded:
+        """µs of one of `layers`, which follow one another; None where the strategy cannot be had with them, and on a
+        CPU, whose layers take seconds and say nothing."""
+        if self.where.device.type != "cuda" or (name == "all_to_all" and layers[0].shared_is_sharded):
             return None
         usual, combine = layers[0].combine, self.strategy(name)
         counts = self.where.tokens_of(self.request, batch)

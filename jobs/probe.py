@@ -2,6 +2,7 @@
 env → tune or check → done; a preshard job: env → selector → weights → done, where the weights are written for later
 probes; a serve job: `jobs.serve`."""
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ def run(run_dir: str) -> None:
     rank ends with an exit code that says so.
     """
     hide_in_logs()
+    faulthandler.enable()  # a rank that dies in a library leaves its stack in its log
     try:
         _run(Path(run_dir))
     except RunFolderError as error:

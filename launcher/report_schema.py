@@ -165,8 +165,8 @@ class ThroughputPart(_Part):
 
 class StrategyPart(_Part):
     """A way to combine experts over ranks, alone: µs of the slowest rank, and bytes that rank 0 sent, as the cost model
-    predicts them (bytes on average over ranks) and as measured. layer_us: of a whole layer with it. captured: whether
-    the times are of passes that are replayed from a CUDA graph."""
+    predicts them (bytes on average over ranks) and as measured. layer_us: of a whole layer with it, on a GPU.
+    captured: whether the times are of passes that are replayed from a CUDA graph."""
 
     strategy: str
     dispatch_us: float
