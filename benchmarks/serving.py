@@ -1,11 +1,11 @@
 """How far a service's logits are from the dense model's, per EP size: in the ranks, and as clients get them by HTTP.
 
-    python -m benchmarks.serving [--dtype f32] [--dtype bf16]
+    python -m benchmarks.serving [--dtype f32] [--dtype bf16] [--gpus 2]
 
 The dense model is transformers' own, with its own experts, on the dequantised weights in f32. Both read the same
 prompts and then the dense model's answer, so each position is compared by itself. By HTTP there are the
 log-probabilities of the 20 likeliest tokens of the service's own answer; they are compared as far as that is the dense
-model's. Prints a Markdown table.
+model's. Four ranks on the CPU, or as many as there are GPUs. Prints a Markdown table.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from moe_ep.spec import MoELayerSpec, Mxfp4Config
 from moe_ep.synthetic import TINY, TINY_ATTENTION, write_checkpoint
 from tests.engine.dense import dense_model, greedy
 
-WORLD, ANSWER = 4, 16
+ON_CPU, ANSWER = 4, 16
 LENGTHS = (5, 12, 20, 40, 80, 150, 220, 300)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 CONFIG = Path(__file__).parents[1] / "configs" / "serve-tiny.yaml"
@@ -45,31 +45,42 @@ def prompt(length: int) -> list[int]:
     return torch.randint(7, TINY.vocab, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
 
-def work(rank: int, path: str, store: str, dtype: str, answers: dict[int, list[int]]) -> None:
-    """One rank: logits f32 [ANSWER, V] of each prompt for EP = 1, 2, 4."""
+def ep_sizes(world: int) -> list[int]:
+    """The powers of two up to the ranks."""
+    return [2**power for power in range(world.bit_length()) if world % 2**power == 0]
+
+
+def work(rank: int, world: int, gpus: bool, path: str, store: str, dtype: str, answers: dict[int, list[int]]) -> None:
+    """One rank: logits f32 [ANSWER, V] of each prompt for each EP size."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    device = torch.device("cuda", rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpus else "gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     found: dict[int, dict[int, Tensor]] = {}
-    for ep in (1, 2, 4):
-        groups = [dist.new_group(list(range(first, first + ep))) for first in range(0, WORLD, ep)]
+    for ep in ep_sizes(world):
+        groups = [dist.new_group(list(range(first, first + ep))) for first in range(0, world, ep)]
         checkpoint = Checkpoint.open(Path(path))
         specs = {n: MoELayerSpec.of_rank(TINY, n, rank % ep, ep) for n in range(TINY.layers)}
-        backends = {n: select_backend(s, Mxfp4Config(), arch="cpu", impl="reference") for n, s in specs.items()}
-        ranks = Ranks(combine_for(ep, groups[rank // ep]), combine_for(WORLD), Slice(rank, WORLD))
-        model = load(checkpoint, backends, ranks, torch.device("cpu"), dtype=DTYPES[dtype])
+        wanted = {"arch": None, "impl": "auto"} if gpus else {"arch": "cpu", "impl": "reference"}
+        backends = {n: select_backend(s, Mxfp4Config(), **wanted) for n, s in specs.items()}
+        ranks = Ranks(combine_for(ep, groups[rank // ep]), combine_for(world), Slice(rank, world))
+        model = load(checkpoint, backends, ranks, device, dtype=DTYPES[dtype])
         found[ep] = {}
         for length, answer in answers.items():
             reads = [prompt(length), *([token] for token in answer[:-1])]
-            found[ep][length] = torch.stack([model.forward({length: tokens})[0] for tokens in reads])
+            found[ep][length] = torch.stack([model.forward({length: tokens})[0].cpu() for tokens in reads])
     if rank == 0:
         torch.save(found, f"{store}.found")
     dist.destroy_process_group()
 
 
-def by_http(folder: Path, ep: int, dtype: str) -> dict[int, dict[str, Any]]:
-    """What a service of four ranks tells of each prompt."""
+def by_http(folder: Path, world: int, gpus: bool, ep: int, dtype: str) -> dict[int, dict[str, Any]]:
+    """What a service of `world` ranks tells of each prompt."""
     keys = [f"run.folder={folder}", f"model.synthetic.folder={folder}/made", "engine.port=0", f"engine.dtype={dtype}"]
     keys += [f"topology.ep={ep}", f"run.name=ep{ep}-{dtype}"]
+    keys += [f"topology.ranks_per_node={world}", f"topology.tp={world}"]
+    keys += ["cluster=local-gpu", "backend.impl=auto"] if gpus else []
     command = [sys.executable, "-m", "launcher", "submit", str(CONFIG), *(f"--set={key}" for key in keys)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ)
@@ -106,8 +117,10 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", action="append", choices=[*DTYPES])
-    dtypes = parser.parse_args().dtype or [*DTYPES]
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    parser.add_argument("--gpus", type=int, default=0, help="of this machine, a rank each; 0: four ranks on the CPU")
+    args = parser.parse_args()
+    dtypes, gpus, world = args.dtype or [*DTYPES], args.gpus > 0, args.gpus or ON_CPU
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_NVLS_ENABLE="0")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_checkpoint(folder / "model", TINY, attention=TINY_ATTENTION)
@@ -126,12 +139,13 @@ def main() -> None:
         print("|", " | ".join(heads), "|\n" + "|---" * len(heads) + "|")
         for dtype in dtypes:
             store = folder / f"store-{dtype}"
-            start_processes(work, (str(folder / "model"), str(store), dtype, answers), WORLD, start_method="fork")
+            given = (world, gpus, str(folder / "model"), str(store), dtype, answers)
+            start_processes(work, given, world, start_method="fork")
             inside: dict[int, dict[int, Tensor]] = torch.load(f"{store}.found")
             for ep, found in inside.items():
                 worst = [(found[n] - expected[n]).abs().amax(-1) for n in LENGTHS]
                 same = sum(int((found[n].argmax(-1) == torch.tensor(answers[n])).sum()) for n in LENGTHS)
-                told = by_http(folder, ep, dtype)
+                told = by_http(folder, world, gpus, ep, dtype)
                 http = [compared(told[n], expected[n], answers[n]) for n in LENGTHS]
                 largest, middle = float(torch.cat(worst).max()), float(torch.cat(worst).median())
                 whole = sum(length == ANSWER for length, _ in http)

@@ -129,6 +129,13 @@ class Engine:
         late.daemon = True
         late.start()
 
+    def abandon(self, why: str) -> None:
+        """Tell every client that a step will not end. For other threads: the engine's own stands in that step."""
+        with self._lock:
+            self._closed, self.broken = why, True
+            for number in [*self._listeners]:
+                self._tell(number, Output(None, "error", why))
+
     @property
     def load(self) -> tuple[int, int]:
         """Sequences that have a place, and that wait for one."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jobs.events import UNWRITABLE, EventLog, RunFolderError
+from jobs.graphs import MOST_TOKENS, capture
 from jobs.request import ProbeRequest
 from jobs.scratch import remove
 from jobs.stages import Place, tokens
@@ -39,7 +40,11 @@ from moe_ep.spec import TopKOutput
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # not in __all__
 
-_EARLY = 0.9  # of the time limit of a collective: who is missing is told before the library ends the process
+EARLY = 0.9
+"""Of the time limit of a collective: who is missing is told before the library ends the process."""
+
+_ROW = 8  # calls in a CUDA graph, so that its own launch counts for little
+_PASS = 8  # layers that a strategy's layer time is taken over: more weights than a cache holds
 
 _KEPT = 4096  # answers of the cost model, by number of tokens
 
@@ -48,18 +53,19 @@ class Communication:
     """A rank's groups and watches, made once; `close` before the process group is destroyed."""
 
     def __init__(self, request: ProbeRequest, where: Place, store: "Store", log: EventLog) -> None:
-        self.request, self.where = request, where
+        self.request = request
         self.wire = Wire(request.comm.payload, 4 if request.comm.sums == "f32" else 2)
         self._watches: list[Watch] = []
         first_of_node = where.rank % request.ranks_per_node == 0
-        stuck = partial(_leave, log, request.scratch if first_of_node else None)
-        timeout_s = request.rank_timeout_s * _EARLY
+        stuck = partial(leave, log, request.scratch if first_of_node else None)
+        timeout_s = request.rank_timeout_s * EARLY
 
         def watch(name: str, ranks: tuple[int, ...]) -> Watch:
             found = Watch(store, name, where.rank, ranks, timeout_s, stuck)
             self._watches.append(found)
             return found
 
+        self.where = replace(where, watch=watch("everybody", tuple(range(where.world))) if where.world > 1 else None)
         layout = Layout.of(where.group_size, request.ranks_per_node)
         self.groups: EpGroups = ep_groups(where.world, where.rank, layout, request.rank_timeout_s, watch)
         self.names = OWN_TOKENS if request.own_tokens else SAME_TOKENS
@@ -114,7 +120,8 @@ class Communication:
         }
 
     def line(self, layers: Mapping[int, MoELayer], batch: int) -> dict[str, Any]:
-        """Every strategy's dispatch and combine of `batch` tokens of the group, of the slowest rank, beside the model.
+        """Every strategy's dispatch and combine of `batch` tokens of the group, of the slowest rank, beside the model,
+        and a layer with it. Where a strategy can be captured, of passes replayed from a CUDA graph (`jobs.graphs`).
 
         They are measured twice, in turn. After the first time `auto` takes the fastest at this number of tokens.
         by_model: what it would have taken without; over_model: how far that is above the fastest. chosen, over_best:
@@ -137,7 +144,11 @@ class Communication:
             "chosen": chosen.name,
             "why": chosen.why,
             "over_best": then[chosen.name] / min(then.values()) - 1,
-            "strategies": [self._line(trial, batch) for trial in again],
+            "strategies": [
+                self._line(trial, batch)
+                | {"layer_us": self._layer_us(trial.name, [*layers.values()][:_PASS], batch, x, token_ids)}
+                for trial in again
+            ],
         }
 
     def _trial(self, name: Name, batch: int, x: Tensor, topk: TopKOutput) -> "_Trial":
@@ -146,19 +157,21 @@ class Communication:
         summands = torch.zeros(routed.x.shape[0], self.request.shape.hidden, device=self.where.device)
         before = self._sent()
         combine(summands, combine.dispatch(x, topk, counts, "comm stage"))
-        return _Trial(
-            name,
-            lambda: combine.dispatch(x, topk, counts, "comm stage").x,
-            lambda: combine(summands, routed),
-            self._sent() - before,
+        sent = self._sent() - before
+        capturable = combine.capturable and 0 < batch <= MOST_TOKENS
+        # There is nothing to bring where all ranks have the tokens.
+        there = (
+            self._call(lambda: combine.dispatch(x, topk, counts, "comm stage").x, capturable)
+            if combine.own_tokens
+            else None
         )
+        return _Trial(name, there, self._call(lambda: combine(summands, routed), capturable), sent)
 
     def _timed(self, trials: Sequence["_Trial"]) -> list["_Trial"]:
         """The medians of rounds, each of which does everything once."""
-        works = [work for trial in trials for work in (trial.dispatch, trial.combine)]
-        rounds = [[timed(work, self.where.device)[0] for work in works] for _ in range(self.request.repeats)]
-        ordered = [of_the_slowest_rank(list(times), self.where) for times in zip(*rounds, strict=True)]
-        us = [times[len(times) // 2] * 1e6 for times in ordered]
+        calls = [call for trial in trials for call in (trial.dispatch, trial.combine)]
+        rounds = [[self._seconds(call) if call else 0.0 for call in calls] for _ in range(self.request.repeats)]
+        us = [self._median_us(times) for times in zip(*rounds, strict=True)]
         pairs = zip(trials, us[::2], us[1::2], strict=True)
         return [replace(trial, dispatch_us=dispatch, combine_us=combine) for trial, dispatch, combine in pairs]
 
@@ -167,6 +180,7 @@ class Communication:
         of_model: Any = (trial.name, self.groups.layout, request.shape, batch, self.wire, request.comm.network)
         return {
             "strategy": trial.name,
+            "captured": trial.combine.captured,
             "dispatch_us": trial.dispatch_us,
             "combine_us": trial.combine_us,
             "predicted_dispatch_us": dispatch_us(*of_model),
@@ -174,6 +188,51 @@ class Communication:
             "sent_bytes": trial.sent,
             "predicted_bytes": traffic(*of_model[:5]).total,
         }
+
+    def _layer_us(
+        self, name: Name, layers: Sequence[MoELayer], batch: int, x: Tensor, token_ids: Tensor
+    ) -> float | None:
+        """µs of one of `layers`, which follow one another; None where the strategy cannot be had with them, and on a
+        CPU, whose layers take seconds and say nothing."""
+        if self.where.device.type != "cuda" or (name == "all_to_all" and layers[0].shared_is_sharded):
+            return None
+        usual, combine = layers[0].combine, self.strategy(name)
+        counts = self.where.tokens_of(self.request, batch)
+
+        def one_pass() -> Tensor:
+            out = x
+            for layer in layers:
+                out = layer(x, token_ids, counts)
+            return out
+
+        try:
+            for layer in layers:
+                layer.combine = combine
+            call = self._call(one_pass, combine.capturable and 0 < batch <= MOST_TOKENS, 1)
+            times = [self._seconds(call) for _ in range(self.request.repeats)]
+            return self._median_us(times) / len(layers)
+        finally:
+            for layer in layers:
+                layer.combine = usual
+
+    def _call(self, work: Callable[[], Tensor], capturable: bool, times: int = _ROW) -> "_Call":
+        """`work`, done once here; `times` in a row where it can be captured in a CUDA graph. All ranks must call it."""
+
+        def several() -> None:
+            for _ in range(times):
+                work()
+
+        work()
+        replay = capture(several, self.where) if capturable else None
+        return _Call(replay or work, times if replay else 1, replay is not None)
+
+    def _seconds(self, call: "_Call") -> float:
+        return timed(call.run, self.where)[0] / call.times
+
+    def _median_us(self, seconds: Sequence[float]) -> float:
+        """Of the slowest rank each time."""
+        ordered = of_the_slowest_rank(list(seconds), self.where)
+        return ordered[len(ordered) // 2] * 1e6
 
     def _sent(self) -> int:
         return sum(group.sent for group in {id(group): group for group in self.groups.all}.values())
@@ -185,18 +244,27 @@ class Communication:
 
 
 @dataclass(frozen=True)
+class _Call:
+    """What is timed: `run` does it `times` times."""
+
+    run: Callable[[], object]
+    times: int
+    captured: bool
+
+
+@dataclass(frozen=True)
 class _Trial:
     """A strategy's two halves for one number of tokens, the bytes that they send, and what they took."""
 
     name: Name
-    dispatch: Callable[[], Tensor]
-    combine: Callable[[], Tensor]
+    dispatch: _Call | None
+    combine: _Call
     sent: int
     dispatch_us: float = 0.0
     combine_us: float = 0.0
 
 
-def _leave(log: EventLog, scratch: str | None, text: str) -> None:
+def leave(log: EventLog, scratch: str | None, text: str) -> None:
     """Write down who is missing and end the rank: its main thread stands in the collective, or behind it."""
     status = 1
     try:

@@ -2,6 +2,7 @@
 env → tune or check → done; a preshard job: env → selector → weights → done, where the weights are written for later
 probes; a serve job: `jobs.serve`."""
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -32,6 +33,7 @@ def run(run_dir: str) -> None:
     rank ends with an exit code that says so.
     """
     hide_in_logs()
+    faulthandler.enable()  # a rank that dies in a library leaves its stack in its log
     try:
         _run(Path(run_dir))
     except RunFolderError as error:
@@ -121,6 +123,7 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
         record = stages.select(request, where)
         data |= record.as_dict()
         comm = communication.Communication(request, where, store, log)
+        where = comm.where
         data["comm"] = comm.record()
         if record.selected is None:
             raise NoBackendError(record)
@@ -137,16 +140,17 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
         planned = data["planned"] = stages.check_fits(request, where, record.selected)
         watch = Allocations(device)
         arrivals = Arrivals(store, rank.rank, rank.world)
-        checkpoint = stages.open_checkpoint(request, where)
         before = environment.allocated(device)
         loading = tell(log, arrivals)
         exchange = stages.exchange(request, where, arrivals)
         if request.kind == "preshard":
+            checkpoint = stages.open_checkpoint(request, where)
             data |= stages.preshard(request, where, checkpoint, exchange, loading)
         else:
+            weights = stages.open_weights(request, where)
             combine = comm.strategy(request.comm.strategy)
             with watch.during("loading"):
-                layers, loaded = stages.load(request, where, checkpoint, combine, exchange, loading)
+                layers, loaded = stages.load(request, where, weights, combine, exchange, loading)
             for layer in layers.values():
                 layer.cut = comm.cut
             held = watch.now
@@ -166,7 +170,7 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
         data |= kept.get("parity", {})
         for number in request.parity_layers if "parity" not in kept else ():
             with watch.during("parity"):
-                error = stages.parity(request, where, checkpoint, layers[number], number)
+                error = stages.parity(request, where, weights, layers[number], number)
             data["layers"][number] = {
                 "relative_error": error,
                 "routing": "hash" if request.shape.is_hash_layer(number) else "top-k",

@@ -74,6 +74,8 @@ class ProbeRequest:
     own_tokens: bool = False
     """Whether each rank of a group has tokens of its own; else all have the same."""
     comm: CommRequest = CommRequest()
+    made_skew: float | None = None
+    """With it every rank makes its weights on its device (`moe_ep.made`), and there is no checkpoint."""
     slots: tuple[tuple[int, ...], ...] = ()
     """By layer of `layers`, the expert that each slot holds; empty where experts lie in order."""
 

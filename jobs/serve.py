@@ -3,12 +3,14 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from engine import model as models
 from engine.api.server import Server, bind
@@ -20,6 +22,7 @@ from engine.scheduler import Scheduler
 from engine.text import Tokenizer
 from jobs import environment, stages
 from jobs.arrivals import Arrivals
+from jobs.communication import EARLY, leave
 from jobs.events import EventLog
 from jobs.first_answer import Recorded, recorded_answer, warm
 from jobs.phases import Phases
@@ -29,14 +32,21 @@ from jobs.request import ProbeRequest
 from jobs.serving import DRAINED_S, ENDPOINT, Ending, Endpoint, ServeRequest
 from jobs.stages import DoesNotFitError, Place
 from moe_ep.checkpoint import Checkpoint
-from moe_ep.comm import combine_for
+from moe_ep.comm import AllReduce, Alone, Combine
+from moe_ep.comm.group import Group as Collectives
+from moe_ep.comm.watch import Watch
 from moe_ep.placement import Slice
 from moe_ep.reading import Progress
 from moe_ep.selector import NoBackendError
 from moe_ep.tensors import dense_held_bytes
 
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in __all__
+
 TELL_S, BEAT_S = 5.0, 60.0
 """How often a service says how much it does: when that has changed, and when it has not."""
+
+_TOLD_S = 1.0  # for what clients are told to reach them
 
 GB = 10**9
 
@@ -72,7 +82,9 @@ def run(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog, ending: 
                 service.loading = "loading"
                 service.tokenizer = Tokenizer(checkpoint.path, request.shape.vocab)
             arrivals = Arrivals(store, rank.rank, rank.world)
-            model = _load(request, serve, where, checkpoint, tell(log, arrivals), data)
+            stuck = partial(_stuck, log, request.scratch if rank.local_rank == 0 else None, service)
+            watched = partial(_watched, store, where, request.rank_timeout_s * EARLY, stuck, closing)
+            model = _load(request, serve, where, checkpoint, tell(log, arrivals), data, watched)
             arrivals.tell(0, ended=True)
             arrivals.wait(request.rank_timeout_s)
             # Only now: it waits for all ranks too, but not as long as bytes arrive.
@@ -101,6 +113,7 @@ def _load(
     checkpoint: Checkpoint,
     on_progress: Callable[[Progress], None],
     data: dict[str, Any],
+    watched: Callable[[str, Sequence[int], dist.ProcessGroup | None], Combine],
 ) -> ServedModel:
     attention = checkpoint.headers.attention
     if attention is None:
@@ -117,7 +130,12 @@ def _load(
             f"is not experts, but {free / GB:.1f} GB are free on {where.device}: use more ranks, a larger topology.ep, "
             "or topology.dense=sharded"
         )
-    ranks = Ranks(experts=combine_for(where.group_size, where.group), dense=combine_for(heads.size), heads=heads)
+    first = where.rank - where.group_rank
+    ranks = Ranks(
+        experts=watched("experts", range(first, first + where.group_size), where.group),
+        dense=watched("attention", range(heads.size), None),
+        heads=heads,
+    )
     started = time.monotonic()
     model = models.load(
         *(checkpoint, stages.backends(request, where), ranks, where.device),
@@ -128,6 +146,32 @@ def _load(
     data |= {"bytes_read": checkpoint.bytes_read, "read_from": str(checkpoint.path)}
     data["load_seconds"] = time.monotonic() - started
     return model
+
+
+def _watched(
+    store: "TCPStore",
+    where: Place,
+    timeout_s: float,
+    stuck: Callable[[str], None],
+    closing: ExitStack,
+    what: str,
+    ranks: Sequence[int],
+    group: dist.ProcessGroup | None,
+) -> Combine:
+    """The sum over `ranks`; a collective of them that does not end in time names who has not entered it."""
+    if len(ranks) == 1:
+        return Alone()
+    watch = Watch(store, f"{what} {ranks[0]}-{ranks[-1]}", where.rank, tuple(ranks), timeout_s, stuck)
+    closing.callback(watch.close)
+    return AllReduce(Collectives(group, watch))
+
+
+def _stuck(log: EventLog, scratch: str | None, service: Service | None, text: str) -> None:
+    """Tell the clients, write it down and end the rank, whose main thread stands in the collective or behind it."""
+    if service is not None and service.engine is not None:
+        service.engine.abandon("the engine has broken: a rank does not answer")
+        time.sleep(_TOLD_S)
+    leave(log, scratch, text)
 
 
 def _give_up(service: Service, ready_s: float, log: EventLog) -> threading.Timer:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,12 +22,14 @@ from moe_ep.backends.base import MoEBackend
 from moe_ep.bench.cases import RankShape
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Combine
+from moe_ep.comm.watch import Watch
 from moe_ep.cost import Wire
-from moe_ep.dense import dense_layer
+from moe_ep.dense import Weights, dense_layer
 from moe_ep.exchange import ColumnExchange
 from moe_ep.footprint import WORK_OF, Sharing, work_bytes
 from moe_ep.layer import MoELayer
 from moe_ep.loading import Reading, load_layers
+from moe_ep.made import MadeWeights, make_layers
 from moe_ep.placement import WHOLE, Placement, Slice
 from moe_ep.reading import Progress, buffer_bytes
 from moe_ep.selector import SelectionRecord, explain_selection, select_backend
@@ -60,6 +62,12 @@ class Place:
     """Which group: the groups hold the same experts and work on different tokens."""
     group: dist.ProcessGroup | None
     device: torch.device
+    watch: Watch | None = None
+    """Of waits that all ranks of the world take part in, beside the collectives of their groups."""
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Where the host waits for all ranks: who does not come is named. The same on every rank."""
+        return nullcontext() if self.watch is None else self.watch.during(what)
 
     def tokens_of(self, request: ProbeRequest, count: int) -> list[int]:
         """By rank of the group, how many of `count` tokens it has: a share where each has its own, else all."""
@@ -90,6 +98,13 @@ def select(request: ProbeRequest, where: Place) -> SelectionRecord:
     """The selection for this rank's share of a layer. It is the same for every layer."""
     spec = _spec(request, where, request.layers[0])
     return explain_selection(spec, _quantisation(request), arch=request.arch, impl=request.impl)
+
+
+def open_weights(request: ProbeRequest, where: Place) -> Checkpoint | MadeWeights:
+    """Where the weights come from: the checkpoint, as `open_checkpoint`, or the ranks themselves."""
+    if request.made_skew is None:
+        return open_checkpoint(request, where)
+    return MadeWeights(request.shape, request.seed, where.device, request.made_skew)
 
 
 def open_checkpoint(request: ProbeRequest, where: Place) -> Checkpoint:
@@ -166,7 +181,7 @@ def planned_work(request: ProbeRequest, where: Place, impl: str) -> dict[str, in
         ),
     )
     parts = {part: count for part, count in work.items() if part in WORK_OF.get(request.kind, work)}
-    needed = where.device.type != "cpu" or request.read_direct
+    needed = request.made_skew is None and (where.device.type != "cpu" or request.read_direct)
     return {READING: buffer_bytes(request.read_threads) if needed else 0, **parts}
 
 
@@ -178,7 +193,7 @@ def _held_at_once(request: ProbeRequest) -> tuple[int, ...]:
 def load(
     request: ProbeRequest,
     where: Place,
-    checkpoint: Checkpoint,
+    weights: Checkpoint | MadeWeights,
     combine: Combine,
     exchange: ColumnExchange | None,
     on_progress: Callable[[Progress], None],
@@ -186,7 +201,7 @@ def load(
     """This rank's layers, by number, and what the report says of the loading.
 
     From the pre-sharded folder where the request names one, which must match. Raises as `load_layers` and `load_rank`;
-    no byte for rank_timeout_s is an error.
+    no byte for rank_timeout_s is an error. Of made weights no byte is read.
     """
     wanted = backends(request, where)
     give, buffers = allocator(where.device), []
@@ -196,9 +211,17 @@ def load(
         return give(nbytes)
 
     started = time.monotonic()
-    if request.presharded is None:
+    if isinstance(weights, MadeWeights):
+        layers = make_layers(
+            *(weights, wanted, combine, where.device),
+            shared=shared_slice(request, where),
+            arrangements=arrangements(request),
+            on_progress=on_progress,
+        )
+        read = 0
+    elif request.presharded is None:
         layers = load_layers(
-            *(checkpoint, wanted, combine, where.device),
+            *(weights, wanted, combine, where.device),
             shared=shared_slice(request, where),
             exchange=exchange,
             arrangements=arrangements(request),
@@ -206,11 +229,11 @@ def load(
             on_progress=on_progress,
             allocate=allocate,
         )
-        read = checkpoint.bytes_read
+        read = weights.bytes_read
     else:
         folder = Path(request.presharded)
         found = manifests.read_manifest(folder)
-        manifests.check_matches(folder, found, manifest(request, where, checkpoint))
+        manifests.check_matches(folder, found, manifest(request, where, weights))
         layers, read = preshard_files.load_rank(
             *(folder, found, where.group_rank, wanted, combine, where.device),
             reading=reading(request),
@@ -317,7 +340,7 @@ def exchange(request: ProbeRequest, where: Place, arrivals: Arrivals) -> ColumnE
     return ColumnExchange(Slice(where.group_rank, where.group_size), where.group, meet)
 
 
-def parity(request: ProbeRequest, where: Place, checkpoint: Checkpoint, layer: MoELayer, number: int) -> float:
+def parity(request: ProbeRequest, where: Place, weights: Weights, layer: MoELayer, number: int) -> float:
     """‖out − dense‖ / ‖dense‖ over all tokens and ranks.
 
     The ranks of a group compute the same tokens together; each then checks its share of them, so the reference's
@@ -326,7 +349,7 @@ def parity(request: ProbeRequest, where: Place, checkpoint: Checkpoint, layer: M
     x, token_ids = tokens(request, where, request.parity_tokens, salt=number)
     out = layer(x, token_ids, where.tokens_of(request, request.parity_tokens))
     mine = slice(0, None) if request.own_tokens else slice(where.group_rank, None, where.group_size)
-    dense = dense_layer(checkpoint, number, x[mine], token_ids[mine], request.activation_dtype)
+    dense = dense_layer(weights, number, x[mine], token_ids[mine], request.activation_dtype)
     error, norm = (out[mine].float() - dense).double(), dense.double()
     sums = torch.stack((error.square().sum(), norm.square().sum()))
     dist.all_reduce(sums)

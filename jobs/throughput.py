@@ -7,18 +7,21 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from jobs.events import event_file
+from jobs.graphs import MOST_TOKENS, capture
 from jobs.request import ProbeRequest
 from jobs.stages import Place, arrangements, tokens
 from moe_ep.bench.clock import Rates
 from moe_ep.layer import MoELayer
 from moe_ep.placement import Placement
+
+T = TypeVar("T")
 
 PROFILE = "expert_load.json"
 """File of a run's folder."""
@@ -32,7 +35,9 @@ def sweep_one(
     A pass calls the layers one after another, so no cache holds the weights of the next. Its time is that of
     the slowest rank; it is completed if what comes out of it is finite on every rank. total_token_throughput
     counts the tokens of all EP groups through all loaded layers, and only these: attention and the rest of a
-    model are not in it. combine_us is the combine of one layer alone, floor_us_per_layer what `_floor_us` says.
+    model are not in it. graph_us_per_layer is of passes that are replayed from a CUDA graph, as engines decode, None on
+    a CPU and for more tokens than `graphs.MOST_TOKENS`. combine_us is the combine of one layer alone,
+    floor_us_per_layer what `_floor_us` says.
     """
     x, token_ids = tokens(request, where, batch, salt=-1)
     counts = where.tokens_of(request, batch)
@@ -45,7 +50,7 @@ def sweep_one(
         return out
 
     def seconds_of_a_pass() -> float:
-        seconds, out = timed(one_pass, where.device)
+        seconds, out = timed(one_pass, where)
         finite.append(bool(out.isfinite().all()))
         return seconds
 
@@ -70,6 +75,7 @@ def sweep_one(
         "us_per_layer_min": passes[0] / len(layers) * 1e6,
         "us_per_layer_max": passes[-1] / len(layers) * 1e6,
         "us_per_layer_mad": statistics.median(abs(p - median) for p in passes) / len(layers) * 1e6,
+        "graph_us_per_layer": _graph_us(request, where, one_pass, batch, len(layers)),
         "combine_us": _combine_us(request, where, next(iter(layers.values())), x, token_ids, counts),
         "floor_us_per_layer": _floor_us(request, where, layers, x, token_ids, rates),
     }
@@ -135,6 +141,18 @@ def _floor_us(
     return floor
 
 
+def _graph_us(
+    request: ProbeRequest, where: Place, one_pass: Callable[[], Tensor], batch: int, layers: int
+) -> float | None:
+    """The median of the slowest rank."""
+    replay = capture(one_pass, where) if 0 < batch <= MOST_TOKENS else None
+    if replay is None:
+        return None
+    replay()
+    seconds = [timed(replay, where)[0] for _ in range(request.repeats)]
+    return statistics.median(of_the_slowest_rank(seconds, where)) / layers * 1e6
+
+
 def _combine_us(
     request: ProbeRequest, where: Place, layer: MoELayer, x: Tensor, token_ids: Tensor, counts: list[int]
 ) -> float:
@@ -143,15 +161,17 @@ def _combine_us(
     partial = torch.zeros(routed.x.shape[0], request.shape.hidden, device=where.device)
     for _ in range(request.warmup):
         layer.combine(partial, routed)
-    seconds = [timed(lambda: layer.combine(partial, routed), where.device)[0] for _ in range(request.repeats)]
+    seconds = [timed(lambda: layer.combine(partial, routed), where)[0] for _ in range(request.repeats)]
     return statistics.median(of_the_slowest_rank(seconds, where)) * 1e6
 
 
 def of_the_slowest_rank(values: list[float], where: Place) -> list[float]:
     """Element by element the largest of all ranks, in rising order."""
     largest = torch.tensor(values, dtype=torch.float64, device=where.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return sorted(largest.tolist())
+    with where.waiting("the slowest rank's time"):
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        found: list[float] = largest.tolist()
+    return sorted(found)
 
 
 def measured_before(run_dir: Path, attempt: int, code: str) -> dict[int, dict[str, Any]]:
@@ -173,18 +193,20 @@ def measured_before(run_dir: Path, attempt: int, code: str) -> dict[int, dict[st
     return found[0]
 
 
-def timed(one_pass: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+def timed(one_pass: Callable[[], T], where: Place) -> tuple[float, T]:
     """Seconds of one pass, begun on all ranks together, and what came out of it."""
-    dist.barrier()
-    if device.type != "cuda":
+    with where.waiting("the beginning of a timed pass"):
+        dist.barrier()
+    if where.device.type != "cuda":
         started = time.perf_counter()
         out = one_pass()
         return time.perf_counter() - started, out
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize(where.device)
     begin.record()
     out = one_pass()
     end.record()
-    end.synchronize()
+    with where.waiting("the end of a timed pass"):  # collectives in a CUDA graph are watched by nobody else
+        end.synchronize()
     milliseconds: float = begin.elapsed_time(end)
     return milliseconds / 1e3, out

@@ -214,7 +214,7 @@ def measured_rate(plan: Plan) -> float | None:
             rates = [
                 weights["bytes_read"] / weights["load_seconds"]
                 for rank in report["ranks"]
-                if (weights := rank["weights"]).get("load_seconds")
+                if (weights := rank["weights"]).get("load_seconds") and weights["bytes_read"]
             ]
             if rates:
                 return float(min(rates))

@@ -161,13 +161,29 @@ def _contradictions(config: Config, sources: Sources) -> list[str]:
         )
     if config.job.kind == "serve" and config.engine.name == "embedded":
         out += _embedded_problems(config, sources)
-    out += program_problems(config, sources)
+    out += program_problems(config, sources) + _made_problems(config, sources)
     if cluster.scheduler == "slurm" and config.limits.signal_s >= config.limits.time_min * 60:
         out.append(
             f"{where('limits.signal_s')}: {config.limits.signal_s} s before the end of limits.time_min "
             f"{config.limits.time_min} is before its beginning; use less than {config.limits.time_min * 60}"
         )
     return out + _layer_problems(config, sources)
+
+
+def _made_problems(config: Config, sources: Sources) -> list[str]:
+    """What weights that are nowhere on disk do not go with."""
+    synthetic, where = config.model.synthetic, sources.where
+    if synthetic is None or synthetic.folder is not None:
+        return []
+    out: list[str] = []
+    if config.job.kind == "preshard" or (config.job.kind == "serve" and program_of(config) is None):
+        out.append(
+            f"{where('model.synthetic.folder')}: missing: a {config.job.kind} job reads a checkpoint, and weights that "
+            "ranks make on their devices are for probes; say where to write one"
+        )
+    if config.model.presharded is not None:
+        out.append(f"{where('model.presharded')}: the ranks make their weights (model.synthetic); leave it out")
+    return out
 
 
 def _embedded_problems(config: Config, sources: Sources) -> list[str]:

@@ -76,7 +76,8 @@ class Plan:
             presharded=config.model.presharded,
             read_threads=config.job.reading.threads,
             read_direct=config.job.reading.direct,
-            synthesise=config.model.synthetic is not None,
+            synthesise=config.model.synthetic is not None and config.model.synthetic.folder is not None,
+            made_skew=_made_skew(config),
             shape=config.model.sizes,
             layers=tuple(layer_numbers(config)),
             parity_layers=tuple(parity_layers(config)),
@@ -281,12 +282,19 @@ def _checkpoint(config: Config) -> str:
     model = config.model
     if model.synthetic is None:
         return str(model.checkpoint)
+    if model.synthetic.folder is None:
+        return f"made on the ranks' devices, seed {config.run.seed}, skew {model.synthetic.skew:g}"
     # Made weights depend on writer, sizes and seed alone, so runs that agree in these share them.
     what = [FORMAT, model.shape.model_dump(), config.run.seed]
     what += [model.attention.model_dump()] if model.attention else []
     identity = json.dumps(what, sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return str(Path(model.synthetic.folder).absolute() / f"{model.name}-{digest}")
+
+
+def _made_skew(config: Config) -> float | None:
+    synthetic = config.model.synthetic
+    return synthetic.skew if synthetic is not None and synthetic.folder is None else None
 
 
 def _checkout() -> Path | None:

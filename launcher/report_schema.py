@@ -141,7 +141,8 @@ class ThroughputPart(_Part):
 
     total_token_throughput: tokens/s of all EP groups, by the median pass. latency: of a pass. combine_us: the combine
     of one layer alone. floor_us_per_layer: the larger of the packed bytes of the experts that are hit at the copy
-    rate and the FLOPs of the routes at the matmul rate, on the rank with the most.
+    rate and the FLOPs of the routes at the matmul rate, on the rank with the most. graph_us_per_layer: of passes that
+    are replayed from a CUDA graph, up to 512 tokens on a GPU.
     """
 
     batch_size: int
@@ -159,11 +160,13 @@ class ThroughputPart(_Part):
     us_per_layer_mad: float
     combine_us: float | None
     floor_us_per_layer: float | None
+    graph_us_per_layer: float | None = None
 
 
 class StrategyPart(_Part):
     """A way to combine experts over ranks, alone: µs of the slowest rank, and bytes that rank 0 sent, as the cost model
-    predicts them (bytes on average over ranks) and as measured."""
+    predicts them (bytes on average over ranks) and as measured. layer_us: of a whole layer with it, on a GPU.
+    captured: whether the times are of passes that are replayed from a CUDA graph."""
 
     strategy: str
     dispatch_us: float
@@ -172,6 +175,8 @@ class StrategyPart(_Part):
     predicted_combine_us: float
     sent_bytes: int
     predicted_bytes: float
+    layer_us: float | None = None
+    captured: bool = False
 
 
 class CommunicationPart(_Part):

@@ -67,7 +67,8 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             "throughput",
             f"batch {line['batch_size']}",
             f"{line['total_token_throughput']:,.1f} tokens/s; {line['us_per_layer']:,.0f} µs per layer "
-            f"({line['us_per_layer_min']:,.0f}…{line['us_per_layer_max']:,.0f})",
+            f"({line['us_per_layer_min']:,.0f}…{line['us_per_layer_max']:,.0f})"
+            + (f", {line['graph_us_per_layer']:,.0f} in a CUDA graph" if line.get("graph_us_per_layer") else ""),
         )
         for line in report["throughput"]
     ]
@@ -106,12 +107,13 @@ def _service_rows(service: dict[str, Any] | None) -> list[tuple[str, str, str]]:
 
 
 def _communication(line: dict[str, Any]) -> str:
-    """Every strategy's measured and predicted µs; the one that is taken with a star."""
+    """Every strategy's measured and predicted µs, and those of a layer; the one that is taken with a star."""
 
     def shown(one: dict[str, Any]) -> str:
         us = one["dispatch_us"] + one["combine_us"]
         predicted = one["predicted_dispatch_us"] + one["predicted_combine_us"]
-        return f"{one['strategy']}{'*' * (one['strategy'] == line['chosen'])} {us:,.0f} ({predicted:,.0f}) µs"
+        layer = f", layer {one['layer_us']:,.0f} µs" if one.get("layer_us") is not None else ""
+        return f"{one['strategy']}{'*' * (one['strategy'] == line['chosen'])} {us:,.0f} ({predicted:,.0f}) µs{layer}"
 
     text = "; ".join(map(shown, line["strategies"]))
     said = f"{text}; the choice (*) is {line['over_best']:.0%} above the best"
@@ -203,6 +205,7 @@ THROUGHPUT_HEADS = (
     "median",
     "p99",
     "µs/layer (spread)",
+    "in a CUDA graph",
     "floor",
     "combine",
     "passes",
@@ -217,7 +220,8 @@ def what_is_timed(report: dict[str, Any]) -> str:
         f"Through the {first['layers']} loaded MoE layers alone (router, experts, combine, shared expert); the slowest "
         "rank of each pass. The floor is what the packed experts that are hit take to read at the device's copy rate, "
         "or their matmuls at its matmul rate, whichever is longer; it and the combine are µs of a layer. The spread is "
-        "of the fastest and the slowest pass."
+        "of the fastest and the slowest pass. Up to 512 tokens a GPU also replays passes from a CUDA graph, as engines "
+        "decode: without what the host takes to launch."
     )
 
 
@@ -232,6 +236,7 @@ def throughput_rows(report: dict[str, Any]) -> list[list[str]]:
             figure(line["median_latency_ms"]),
             figure(line["p99_latency_ms"]),
             f"{line['us_per_layer']:,.0f} ({line['us_per_layer_min']:,.0f}…{line['us_per_layer_max']:,.0f})",
+            figure(line.get("graph_us_per_layer")),
             figure(line["floor_us_per_layer"]),
             figure(line["combine_us"]),
             f"{line['completed']}/{line['requested']}",

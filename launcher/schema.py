@@ -115,9 +115,19 @@ class Cluster(_Section):
 
 
 class Synthetic(_Section):
-    """A checkpoint that the probe makes where there is none."""
+    """Made weights, of run.seed. folder: where the job writes a checkpoint of them if there is none. Without it every
+    rank of a probe makes what it holds on its own device, at once and of any size; skew is then the standard deviation
+    of the routers' selection bias: from about 0.3 some experts get most of the tokens.
+    """
 
-    folder: Text
+    folder: Text | None = None
+    skew: float = Field(default=0.1, ge=0, le=10)
+
+    @model_validator(mode="after")
+    def _skew_is_of_devices(self) -> Self:
+        if self.folder is not None and "skew" in self.model_fields_set:
+            raise ValueError("skew is for weights that ranks make on their devices; leave out folder, or skew")
+        return self
 
 
 # The keys of a model file's shape are the fields of ModelShape, whatever they are.
@@ -157,7 +167,7 @@ class Model(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.checkpoint is None) == (self.synthetic is None):
-            raise ValueError("give either checkpoint (a folder) or synthetic (where to make one)")
+            raise ValueError("give either checkpoint (a folder) or synthetic (made weights)")
         return self
 
     @model_validator(mode="after")

@@ -123,7 +123,8 @@ class Shepherd:
 
     def _end(self) -> None:
         """Ask the ranks to end by submitit's controller, which hands the signal on; kill what is left after that."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C must not leave ranks behind
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a second one must not leave ranks behind
+            signal.signal(number, signal.SIG_IGN)
         self._processes |= rank_processes(self._controller, self._processes)
         if self._controller and self._controller.alive:
             os.kill(self._controller.pid, signal.SIGTERM)

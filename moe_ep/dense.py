@@ -1,25 +1,40 @@
-"""The dense reference of a layer: every hit expert read from the checkpoint, dequantised, computed in f32.
+"""The dense reference of a layer: every hit expert read anew, dequantised, computed in f32.
 
 Shares no code with the backends beyond the formats and the router, and holds one expert at a time, so it
 checks a layer whose experts would not fit the device dequantised.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from moe_ep.checkpoint import Checkpoint
 from moe_ep.fp8 import dequantise_blocks
 from moe_ep.fp8_activations import rounded
 from moe_ep.mxfp4 import dequantise
 from moe_ep.routing import route
+from moe_ep.shape import ModelShape
 from moe_ep.spec import ActivationDtype
 
 
+class Weights(Protocol):
+    """Where single tensors of a model come from: a `Checkpoint`, or `MadeWeights`."""
+
+    shape: ModelShape
+
+    def read_expert(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """As `Checkpoint.read_expert`; so are the others."""
+        ...
+
+    def read_shared_expert(self, layer: int) -> dict[str, Tensor]: ...
+
+    def read_gate(self, layer: int) -> dict[str, Tensor]: ...
+
+
 def dense_layer(
-    checkpoint: Checkpoint,
+    weights: Weights,
     layer: int,
     hidden_states: Tensor,
     token_ids: Tensor,
@@ -30,9 +45,9 @@ def dense_layer(
     With fp8 activations the routed experts' are rounded as DeepSeek's own kernels do it (W4A8).
     """
     fp8 = activation_dtype == "fp8"
-    shape = checkpoint.shape
+    shape = weights.shape
     device = hidden_states.device
-    gate = {name: t.to(device) for name, t in checkpoint.read_gate(layer).items()}
+    gate = {name: t.to(device) for name, t in weights.read_gate(layer).items()}
     topk = route(
         hidden_states,
         gate["weight"],
@@ -48,12 +63,12 @@ def dense_layer(
         hit = topk.topk_ids == expert
         tokens = hit.any(-1)
         weight = (topk.topk_weights * hit).sum(-1, keepdim=True)[tokens]
-        w1, w2, w3 = _matrices(checkpoint.read_expert(layer, expert), device, dequantise)
+        w1, w2, w3 = _matrices(weights.read_expert(layer, expert), device, dequantise)
         h = weight * _activation(routed[tokens], w1, w3, shape.swiglu_limit)
         out[tokens] += linear(rounded(h.bfloat16().float()) if fp8 else h, w2)
         del w1, w2, w3  # before the next one's are made
     if shape.shared_experts:
-        w1, w2, w3 = _matrices(checkpoint.read_shared_expert(layer), device, dequantise_blocks)
+        w1, w2, w3 = _matrices(weights.read_shared_expert(layer), device, dequantise_blocks)
         out += linear(_activation(x, w1, w3, shape.swiglu_limit), w2)
     return out
 

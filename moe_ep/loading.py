@@ -100,7 +100,7 @@ def load_layers(
         for matrices in (m for part in parts.values() for m in _cut_by_columns(part)):
             exchange(matrices)
     # Popped one by one, so that what is converted does not stay beside what it becomes.
-    return {layer: _finished(parts.pop(layer), checkpoint.shape, combine, device) for layer in list(parts)}
+    return {layer: _checked(parts.pop(layer), checkpoint.shape, combine, device) for layer in list(parts)}
 
 
 def plan_loading(
@@ -124,7 +124,7 @@ def plan_loading(
     pieces: list[Piece] = []
     for layer, backend in backends.items():
         arrangement = (arrangements or {}).get(layer)
-        parts[layer] = _empty(checkpoint, layer, backend, shared, device, arrangement)
+        parts[layer] = empty_parts(checkpoint.shape, layer, backend, shared, device, arrangement)
         pieces += _pieces(checkpoint, layer, parts[layer], exchange)
     return parts, plan_reads(pieces)
 
@@ -141,15 +141,15 @@ def load_shared_expert(checkpoint: Checkpoint, layer: int) -> SharedExpert:
     return _shared_expert(checkpoint.read_shared_expert(layer), checkpoint.shape.swiglu_limit)
 
 
-def _empty(
-    checkpoint: Checkpoint,
+def empty_parts(
+    shape: ModelShape,
     layer: int,
     backend: MoEBackend,
     shared: Slice,
     device: torch.device,
     arrangement: Arrangement | None,
 ) -> Parts:
-    shape = checkpoint.shape
+    """A layer's tensors with nothing in them yet, in the order of a checkpoint."""
     with device:
         experts = RoutedExperts(backend, shape.swiglu_limit)
     gate = gate_specs(shape, hash_layer=shape.is_hash_layer(layer))
@@ -175,20 +175,25 @@ def _pieces(checkpoint: Checkpoint, layer: int, parts: Parts, exchange: Slice | 
             parts.files[name] = found
         return found
 
-    targets: dict[str, Tensor] = {name: p.data for name, p in parts.experts.named_parameters()}
-    inner = shape.intermediate // spec.tp_size
     for local, expert in enumerate(parts.held):
         for name, expected in expert_specs(shape).items():
-            matrix, part = name.split(".")
-            target = targets[f"{'w2' if matrix == 'w2' else 'w13'}_{'weight' if part == 'weight' else 'weight_scale'}"]
-            rows = target[local] if matrix == "w2" else target[local].split(inner)[matrix == "w3"]
+            rows = expert_rows(parts.experts, local, name)
             place = Slice(spec.tp_rank, spec.tp_size)
-            yield from _slice(info(f"experts.{expert}.{name}", expected), rows, place, matrix, exchange)
+            yield from _slice(info(f"experts.{expert}.{name}", expected), rows, place, name[:2], exchange)
     for name, expected in shared_specs(shape).items() if shape.shared_experts else ():
         found = info(f"shared_experts.{name}", expected)
         yield from _slice(found, parts.shared[name], parts.shared_slice, name[:2], exchange)
     for name, expected in gate_specs(shape, hash_layer=shape.is_hash_layer(layer)).items():
         yield into(info(f"gate.{name}", expected), parts.gate[name])
+
+
+def expert_rows(experts: RoutedExperts, local: int, name: str) -> Tensor:
+    """Where a tensor of one expert, such as `w3.scale`, goes while the weights are in a checkpoint's order."""
+    matrix, part = name.split(".")
+    suffix = "weight" if part == "weight" else "weight_scale"
+    if matrix == "w2":
+        return experts.get_parameter(f"w2_{suffix}").data[local]
+    return experts.get_parameter(f"w13_{suffix}").data[local].chunk(2)[matrix == "w3"]
 
 
 def _slice(info: TensorInfo, target: Tensor, place: Slice, matrix: str, exchange: Slice | None) -> Iterator[Piece]:
@@ -213,18 +218,22 @@ def _cut_by_columns(parts: Parts) -> Iterator[Tensor]:
         yield from (parts.shared[name].view(torch.uint8)[None] for name in ("w2.weight", "w2.scale"))
 
 
-def _finished(parts: Parts, shape: ModelShape, combine: Combine, device: torch.device) -> MoELayer:
-    _check_scales(parts)
+def finished(parts: Parts, shape: ModelShape, combine: Combine, device: torch.device) -> MoELayer:
+    """The layer, once its tensors are filled; the experts go into their backend's order."""
     parts.experts.process_weights_after_loading()
-    table = parts.gate.get("tid2eid")
-    if table is not None:
-        check_table(table, shape, parts.files["gate.tid2eid"])
     gate = parts.gate
-    router = Router(gate["weight"], shape.top_k, shape.routed_scaling, gate.get("bias"), table)
+    router = Router(gate["weight"], shape.top_k, shape.routed_scaling, gate.get("bias"), gate.get("tid2eid"))
     shared = _shared_expert(parts.shared, shape.swiglu_limit) if parts.shared else None
     sharded = parts.shared_slice.size > 1
     slots = SlotMap(parts.arrangement, device) if parts.arrangement is not None else None
     return MoELayer(router, parts.experts, combine, shared, shared_is_sharded=sharded, slots=slots).to(device)
+
+
+def _checked(parts: Parts, shape: ModelShape, combine: Combine, device: torch.device) -> MoELayer:
+    _check_scales(parts)
+    if "tid2eid" in parts.gate:
+        check_table(parts.gate["tid2eid"], shape, parts.files["gate.tid2eid"])
+    return finished(parts, shape, combine, device)
 
 
 def _check_scales(parts: Parts) -> None:

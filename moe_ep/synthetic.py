@@ -21,6 +21,8 @@ from moe_ep.shape import ModelShape
 from moe_ep.tensors import TensorSpec, block_prefix, dense_specs, gate_specs, layer_prefix
 from moe_ep.tokens import BOS, EOS, write_tokenizer
 
+CPU = torch.device("cpu")
+
 TINY = ModelShape(
     hidden=128, intermediate=128, layers=4, experts=16, top_k=6, vocab=512, hash_layers=1, routed_scaling=1.5
 )
@@ -39,14 +41,21 @@ TINY_ATTENTION = AttentionShape(
 """A V4 with every kind of layer that a laptop computes in milliseconds."""
 
 
-def write_checkpoint(path: Path, shape: ModelShape, *, seed: int = 0, attention: AttentionShape | None = None) -> None:
+def write_checkpoint(
+    path: Path,
+    shape: ModelShape,
+    *,
+    seed: int = 0,
+    attention: AttentionShape | None = None,
+    device: torch.device = CPU,
+) -> None:
     """Write the MoE part of a model: config.json, one safetensors shard a layer, and the index; with `attention`, all
     of a model that answers, and a tokenizer.
 
     Names, dtypes and packing are DeepSeek-V4's: routed experts I8 + F8_E8M0 (mxfp4), shared expert F8_E4M3 +
     F8_E8M0 (128×128 blocks), gate BF16 with an F32 bias or, in hash layers, an I64 table by token id; MTP
-    layers as mtp.N. The weights are normal with variance 1/K, so activations keep their size. The directory
-    appears when it is complete.
+    layers as mtp.N. The weights are normal with variance 1/K, so activations keep their size; they are made on
+    `device`, another kind of which makes others of the same seed. The directory appears when it is complete.
 
     Raises
     ------
@@ -59,7 +68,7 @@ def write_checkpoint(path: Path, shape: ModelShape, *, seed: int = 0, attention:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         unfinished = Path(folder) / "checkpoint"
         unfinished.mkdir()
-        _write_files(unfinished, shape, attention, seed)
+        _write_files(unfinished, shape, attention, seed, device)
         try:
             unfinished.rename(path)
         except OSError:
@@ -68,7 +77,9 @@ def write_checkpoint(path: Path, shape: ModelShape, *, seed: int = 0, attention:
             raise FileExistsError(f"{path}: another process wrote it meanwhile") from None
 
 
-def _write_files(path: Path, shape: ModelShape, attention: AttentionShape | None, seed: int) -> None:
+def _write_files(
+    path: Path, shape: ModelShape, attention: AttentionShape | None, seed: int, device: torch.device
+) -> None:
     config = shape.to_config() | ({} if attention is None else _whole_config(attention))
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if attention is not None:
@@ -77,7 +88,7 @@ def _write_files(path: Path, shape: ModelShape, attention: AttentionShape | None
     weight_map: dict[str, str] = {}
     total = 0
     for i, layer in enumerate(blocks):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + i)
         file = f"model-{i + 1:05d}-of-{len(blocks):05d}.safetensors"
         tensors: dict[str, Tensor] = {}
         if layer is not None:
@@ -101,7 +112,7 @@ def _whole_config(attention: AttentionShape) -> dict[str, Any]:
     return {
         **attention.to_config(),
         "num_key_value_heads": 1,
-        "qk_rope_head_dim": attention.head_dim // 2,
+        "qk_rope_head_dim": min(64, attention.head_dim // 2),
         "index_topk": 8,
         "hc_eps": 1e-6,
         "hc_sinkhorn_iters": 20,
@@ -130,7 +141,7 @@ def _dense_tensors(
     """What is not MoE of a layer, or, where it is None, of no layer."""
     dot = f"{block_prefix(shape, layer)}." if layer is not None else ""
     for name, spec in dense_specs(shape, attention, layer).items():
-        values = torch.randn(spec.shape, generator=generator)
+        values = torch.randn(spec.shape, generator=generator, device=generator.device)
         if spec.dtype == "F8_E4M3":
             output_scale = (2 * shape.layers) ** -0.5 if name == "attn.wo_b.weight" else 1
             weight, scale = quantise_blocks(values * output_scale / spec.shape[-1] ** 0.5)
@@ -155,7 +166,7 @@ def _layer_tensors(
     hidden, inner = shape.hidden, shape.intermediate
 
     def normal(rows: int, columns: int) -> Tensor:
-        weight: Tensor = torch.randn(rows, columns, generator=generator) / columns**0.5
+        weight: Tensor = torch.randn(rows, columns, generator=generator, device=generator.device) / columns**0.5
         return weight
 
     for e in range(shape.experts):
@@ -170,9 +181,11 @@ def _layer_tensors(
         yield f"{prefix}.shared_experts.{name}.scale", scale.view(torch.float8_e8m0fnu)
     gate = {
         "weight": lambda: normal(shape.experts, hidden).bfloat16(),
-        "bias": lambda: torch.randn(shape.experts, generator=generator) * 0.1,
+        "bias": lambda: torch.randn(shape.experts, generator=generator, device=generator.device) * 0.1,
         "tid2eid": lambda: (
-            torch.rand(shape.vocab, shape.experts, generator=generator).argsort(-1)[:, : shape.top_k].contiguous()
+            torch.rand(shape.vocab, shape.experts, generator=generator, device=generator.device)
+            .argsort(-1)[:, : shape.top_k]
+            .contiguous()
         ),
     }
     for name in gate_specs(shape, hash_layer=hash_layer):
@@ -185,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", type=Path, help="where; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
+    parser.add_argument("--device", type=torch.device, default=CPU, help="where they are made, e.g. cuda (default cpu)")
     for name in ("hidden", "intermediate", "layers", "experts", "top_k", "vocab", "hash_layers"):
         default = getattr(TINY, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
@@ -195,11 +209,12 @@ def main() -> None:
     """The command line."""
     parser = _parser()
     args = vars(parser.parse_args())
-    folder, seed = args.pop("folder"), args.pop("seed")
+    folder, seed, device = args.pop("folder"), args.pop("seed"), args.pop("device")
     ratios = tuple(TINY_ATTENTION.ratios[i % 4] for i in range(args["layers"]))
     try:
         shape = dataclasses.replace(TINY, **args)
-        write_checkpoint(folder, shape, seed=seed, attention=dataclasses.replace(TINY_ATTENTION, ratios=ratios))
+        attention = dataclasses.replace(TINY_ATTENTION, ratios=ratios)
+        write_checkpoint(folder, shape, seed=seed, attention=attention, device=device)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()):,} bytes")

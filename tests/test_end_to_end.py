@@ -328,6 +328,8 @@ def test_an_interrupted_run_ends_its_ranks_and_keeps_what_was_done(tmp_path: Pat
     with launched(tmp_path, "--set", LONG) as launcher:
         wait_for(tmp_path, 0, "throughput")
         os.killpg(launcher.pid, signal.SIGINT)  # as the terminal does: launcher, controller and ranks
+        time.sleep(0.2)
+        launcher.terminate()  # and once more, as `timeout` does
         launcher.communicate(timeout=30)
         assert processes_of(launcher.pid) == []
     assert launcher.returncode == 1

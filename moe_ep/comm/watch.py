@@ -7,15 +7,15 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # not in __all__
 
-_SHARE = 8  # of the timeout: how often a rank tells where it is, and looks whether it is stuck
+_SHARE = 16  # of the timeout: how often a rank tells where it is, and looks whether it is stuck
 _LEAST_S, _MOST_S = 0.05, 10.0
 _NAMED = 16  # ranks in a message
 
@@ -26,6 +26,14 @@ class _Entered:
     what: str
     time: float
     work: Any
+
+
+class _UntilLeft:
+    def is_completed(self) -> bool:
+        return False
+
+
+_UNTIL_LEFT = _UntilLeft()
 
 
 class Watch:
@@ -71,6 +79,15 @@ class Watch:
         """See `Watcher`."""
         with self._lock:
             self._open = deque(e for e in self._open if e.number != number)
+
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Follows a wait of the host in which all ranks take part, as it follows a collective."""
+        number = self.entered(what, _UNTIL_LEFT)
+        try:
+            yield
+        finally:
+            self.left(number)
 
     def suspects(self, number: int) -> str:
         """Which ranks have not entered collective `number`, or have entered another one in its place."""

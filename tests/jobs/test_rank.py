@@ -107,7 +107,7 @@ log = EventLog(folder, 0)
 log.write("started")
 if len(sys.argv) > 2:
     log._file = -1  # what a file that takes nothing more does
-communication._leave(log, str(folder / "scratch"), "all_reduce waits")
+communication.leave(log, str(folder / "scratch"), "all_reduce waits")
 """
 
 

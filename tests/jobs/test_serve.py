@@ -8,10 +8,11 @@ import pytest
 
 from engine import core
 from engine.api.service import Limits, Service
-from engine.core import Engine
+from engine.core import ClosedError, Engine, Output
 from engine.group import Group
 from engine.model import ServedModel
 from engine.scheduler import Scheduler
+from engine.sequence import Wish
 from jobs import serve, stages
 from jobs.events import EventLog, event_file
 from jobs.rank import Rank
@@ -59,6 +60,27 @@ def test_a_service_that_was_ready_in_time_is_not_ended_for_a_step_that_takes_lon
     assert exits == []
 
 
+def test_clients_are_told_before_a_rank_leaves_a_collective_that_does_not_end(
+    tmp_path: Path, exits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "_TOLD_S", 0)
+    service, told = service_with(engine()), list[Output]()
+
+    def listen(output: Output) -> None:
+        told.append(output)
+
+    assert service.engine is not None
+    service.engine.submit(Wish((1, 2), 4), listen)
+    serve._stuck(EventLog(tmp_path, 0), None, service, "combine: all_reduce waits for 9 s; not entered by rank 1 of 2")
+    assert [(output.finish, output.error) for output in told] == [
+        ("error", "the engine has broken: a rank does not answer")
+    ]
+    with pytest.raises(ClosedError):
+        service.engine.submit(Wish((1,), 4), listen)
+    assert "not entered by rank 1 of 2" in event_file(tmp_path, 0).read_text()
+    assert exits == [1]
+
+
 def test_ranks_that_have_loaded_wait_for_those_that_load_before_they_make_a_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +104,7 @@ def test_ranks_that_have_loaded_wait_for_those_that_load_before_they_make_a_grou
     monkeypatch.setattr(serve, "Group", lambda _: happened.append("group"))
     monkeypatch.setattr(serve, "_follow", lambda *_: happened.append("follows"))
     monkeypatch.setattr(serve, "end", lambda _: None)
-    request = Namespace(serve=Namespace(), rank_timeout_s=1)
+    request = Namespace(serve=Namespace(), rank_timeout_s=1, scratch=None)
     rank = Rank(1, 2, 1, 1, "here", 1, 0)
     serve.run(cast("Any", request), tmp_path, rank, EventLog(tmp_path, 1), Ending())
     assert happened == ["loaded", "told: True", "waited", "group", "follows"]

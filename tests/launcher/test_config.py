@@ -9,6 +9,8 @@ import yaml
 
 from launcher.config import layer_numbers, load, parity_layers
 from launcher.errors import InputError
+from launcher.fit import plan_memory
+from launcher.plan import make_plan, problems_on_site
 from launcher.schema import Shape
 from moe_ep.shape import ModelShape
 from tests.checkout import CONFIGS
@@ -98,6 +100,7 @@ def test_variables_in_paths_come_from_the_environment() -> None:
         ("job.parity.tolerance=0", r"job\.parity\.tolerance: 0 is wrong: input should be greater than 0"),
         ("model.shape.hidden=100", r"model: hidden = 100 must be a positive multiple of 32"),
         ("model.checkpoint=/x", r"model: give either checkpoint .* or synthetic"),
+        ("model.synthetic={folder: x, skew: 0.2}", r"skew is for weights that ranks make on their devices"),
         ("topology.ep=3", r"ep: 3 does not divide nodes 1 × ranks_per_node 4 = 4 ranks; use one of 1, 2, 4"),
         ("topology.tp=3", r"tp: 3 does not divide nodes 1 × ranks_per_node 4 = 4 ranks; use one of 1, 2, 4"),
         ("topology.tp=2", r"ep: 4 does not divide tp 2: .* use an ep of 1, 2, or tp 4"),
@@ -178,6 +181,37 @@ def test_fp8_activations_reach_the_ranks_and_their_groups_are_not_cut() -> None:
         load(TINY, [fp8, "job.kind=tune"])
     with pytest.raises(InputError, match=r"backend\.activation_dtype: 'fp4' is wrong: input should be 'bf16' or 'fp8'"):
         load(TINY, ["backend.activation_dtype=fp4"])
+
+
+MADE = ["model.checkpoint=null", "model.synthetic={skew: 0.3}"]
+
+
+def test_weights_that_ranks_make_on_their_devices_need_no_folder() -> None:
+    plan = make_plan(load(CONFIGS / "v4flash-gpus.yaml", MADE, {}), "id")
+    assert problems_on_site(plan) == []
+    assert (plan.request().made_skew, plan.request().synthesise) == (0.3, False)
+    assert make_plan(load(TINY), "id").request().made_skew is None
+
+
+@pytest.mark.parametrize("change", ["job.kind=preshard", "job.kind=serve"])
+def test_weights_that_are_nowhere_on_disk_are_for_probes(change: str) -> None:
+    with pytest.raises(InputError, match=r"synthetic\.folder: missing: a (preshard|serve) job reads a checkpoint"):
+        load(TINY, ["model.synthetic.folder=null", "model.presharded=x", "memory.kv=bf16", change], {})
+    with pytest.raises(
+        InputError, match=r"presharded: the ranks make their weights \(model\.synthetic\); leave it out"
+    ):
+        load(TINY, ["model.synthetic.folder=null", "model.presharded=x"], {})
+
+
+GPUS = [("v4flash-gpus", 2), ("v4flash-gpus", 4), ("v4flash-gpus", 8), ("v4pro-gpus", 8)]
+
+
+@pytest.mark.parametrize("tokens_of", ["the group", "each rank"])
+@pytest.mark.parametrize(("name", "gpus"), GPUS)
+def test_the_models_fit_the_gpus_of_one_machine(name: str, gpus: int, tokens_of: str) -> None:
+    tp = gpus if tokens_of == "the group" else 1
+    keys = [f"topology={{nodes: 1, ranks_per_node: {gpus}, tp: {tp}, ep: {gpus}}}"]
+    assert plan_memory(load(CONFIGS / f"{name}.yaml", [*MADE, *keys], {})).job.state == "fits"
 
 
 def test_a_preshard_job_needs_a_folder_and_mtp_layers_have_numbers_after_the_others() -> None:

@@ -62,6 +62,16 @@ def test_who_has_not_entered_is_named_with_where_it_was_last(ranks: Ranks) -> No
     assert not ranks.said[5], "the rank that is late waits for nobody"
 
 
+def test_a_wait_of_the_host_is_followed_like_a_collective(ranks: Ranks) -> None:
+    for rank in RANKS:
+        with ranks.watches[rank].during("the beginning of a pass"):
+            pass
+    with ranks.watches[4].during("the end of a pass"):
+        said = ranks.wait_for_words_of(4)
+    assert said.startswith("the end of a pass (number 2) waits for ")
+    assert "not entered by ranks 5, 6 of 3: rank 5 last entered the beginning of a pass (number 1)" in said
+
+
 def test_ranks_in_different_collectives_are_told_apart(ranks: Ranks) -> None:
     for rank, what in zip(RANKS, ("layer 0: all_reduce", "layer 1: all_reduce", "layer 0: all_reduce"), strict=True):
         ranks.enter(rank, what)
