@@ -91,7 +91,15 @@ def run(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog, ending: 
 
 def _limits(serve: ServeRequest) -> Limits:
     limits = serve.limits
-    return Limits(limits.context, limits.completion_tokens, limits.prompts, limits.body_bytes, limits.request_s)
+    return Limits(
+        context=limits.context,
+        completion_tokens=limits.completion_tokens,
+        prompts=limits.prompts,
+        body_bytes=limits.body_bytes,
+        request_s=limits.request_s,
+        connections=limits.connections,
+        client_s=limits.client_s,
+    )
 
 
 def _load(

@@ -39,6 +39,8 @@ class ServeLimits:
     step_tokens: int
     """Tokens of one step over all sequences."""
     request_s: int
+    connections: int = 512
+    client_s: int = 30
 
 
 @dataclass(frozen=True)

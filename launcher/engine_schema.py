@@ -35,7 +35,9 @@ class EngineLimits(_Section):
 
     body_kb: of a request's body. completion_tokens: of one answer. prompts: of one text completion. queue: requests
     that wait for a place; more are told to come again (429). step_tokens: of one step over all sequences, so a longer
-    prompt is read in several. request_s: of one request, from its arrival to its last token.
+    prompt is read in several. request_s: of one request, from its arrival to its last token. connections: of clients,
+    open at once; more are told 503. client_s: within which a request must be there whole, once its connection is open
+    or it has begun (408), and a client must take something of its answer.
     """
 
     body_kb: int = Field(default=1024, ge=1, le=10**6)
@@ -44,6 +46,8 @@ class EngineLimits(_Section):
     queue: int = Field(default=64, ge=0, le=10**6)
     step_tokens: int = Field(default=512, ge=1, le=2**24)
     request_s: int = Field(default=600, ge=1, le=10**6)
+    connections: int = Field(default=512, ge=1, le=10**5)
+    client_s: int = Field(default=30, ge=1, le=10**5)
 
 
 class Engine(_Section):

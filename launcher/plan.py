@@ -121,6 +121,8 @@ class Plan:
                 queue=limits.queue,
                 step_tokens=limits.step_tokens,
                 request_s=limits.request_s,
+                connections=limits.connections,
+                client_s=limits.client_s,
             ),
             ready_s=engine.ready_s,
             drain_s=engine.drain_s,
