@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from launcher.engine_schema import Engine
 from launcher.engines.known import program_of
 from launcher.engines.problems import program_problems
 from launcher.errors import InputError
@@ -204,6 +205,7 @@ def _embedded_problems(config: Config, sources: Sources) -> list[str]:
             f"{config.memory.batch}: each sequence that is being answered reads one token a step"
         )
     given = {"command": engine.command, "args": engine.args, "env": engine.env}
+    given |= {"health_s": engine.health_s != Engine().health_s}
     out += [
         f"{where(f'engine.{key}')}: of an engine that is a program of its own; engine.name is embedded"
         for key, value in given.items()

@@ -59,8 +59,9 @@ class Engine(_Section):
     ranks are brought up again after one of them has died, before the service has failed. ready_s: from a rank's start
     to the first answer. drain_s: for what is running when the service is told to end, by cancel or the time limit.
     answer: a file with a recorded answer (see docs/serving.md), which the service must give before it is ready. dtype:
-    of what the embedded engine computes beside the experts; f32 to compare the experts alone. command, args, env: of an
-    engine that is a program.
+    of what the embedded engine computes beside the experts; f32 to compare the experts alone. command, args, env,
+    health_s: of an engine that is a program; one that was ready and whose health address has not answered for health_s
+    is taken for hung, and has failed (0: it is not asked).
     """
 
     name: Literal["embedded", "tokenspeed", "vllm", "sglang"] = "embedded"
@@ -72,6 +73,7 @@ class Engine(_Section):
     restarts: int = Field(default=0, ge=0, le=1000)
     ready_s: int = Field(default=3600, ge=1, le=10**6)
     drain_s: int = Field(default=20, ge=0, le=3600)
+    health_s: int = Field(default=120, ge=0, le=10**6)
     answer: Text | None = None
     dtype: Literal["bf16", "f32"] = "bf16"
     command: Annotated[list[Text], Field(min_length=1)] | None = None

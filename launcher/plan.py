@@ -126,6 +126,7 @@ class Plan:
             ),
             ready_s=engine.ready_s,
             drain_s=engine.drain_s,
+            health_s=engine.health_s,
             answer=engine.answer,
             dtype=engine.dtype,
             shard_dense=config.topology.dense == "sharded" and config.topology.tp > 1,

@@ -230,5 +230,12 @@ def test_requests_answered_are_summed_over_their_reasons() -> None:
         'vllm:request_success_created{finished_reason="stop"} 1.7e9\n'
     )
     assert counter(text, "vllm:request_success_total") == 5.0
+    assert counter(text.replace("3.0", "3.0 1795411144000"), "vllm:request_success_total") == 5.0
+    assert counter("a 1\na_total 2\n", "a") == 1.0
     assert counter(text, "sglang:num_requests_total") is None
     assert counter(None, "vllm:request_success_total") is None
+
+
+@pytest.mark.parametrize("value", ["NaN", "+Inf", "-1.0", "many", "1e400"])
+def test_what_no_counter_can_have_counted_is_not_counted(value: str) -> None:
+    assert counter(f'a{{reason="stop"}} 3.0\na{{reason="length"}} {value}\n', "a") is None
