@@ -61,7 +61,8 @@ class Engine(_Section):
     answer: a file with a recorded answer (see docs/serving.md), which the service must give before it is ready. dtype:
     of what the embedded engine computes beside the experts; f32 to compare the experts alone. command, args, env,
     health_s: of an engine that is a program; one that was ready and whose health address has not answered for health_s
-    is taken for hung, and has failed (0: it is not asked).
+    is taken for hung, and has failed (0: it is not asked). allow_unknown_args: lets flags in args pass that the engine
+    is not known to have (launcher/engines/flags.yaml).
     """
 
     name: Literal["embedded", "tokenspeed", "vllm", "sglang"] = "embedded"
@@ -78,6 +79,7 @@ class Engine(_Section):
     dtype: Literal["bf16", "f32"] = "bf16"
     command: Annotated[list[Text], Field(min_length=1)] | None = None
     args: dict[Option, Text | int | float | bool] = {}
+    allow_unknown_args: bool = False
     env: dict[Variable, Annotated[str, Field(pattern=r"^[^\x00]*$")] | int] = {}
 
     @property

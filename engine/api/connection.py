@@ -17,7 +17,7 @@ LINGERING = 64
 """Refused connections that are kept so long; more are closed at once."""
 
 
-class Connection(H11Protocol):  # type: ignore[misc]  # uvicorn's types are not followed
+class Connection(H11Protocol):
     """uvicorn's, which by itself takes any number and waits for ever for the rest of a request.
 
     `most` connections are served, the next are told 503. A request that is not there `client_s` after its beginning is
