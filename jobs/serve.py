@@ -14,6 +14,7 @@ from engine import model as models
 from engine.api.server import Server, bind
 from engine.api.service import Limits, Service
 from engine.core import Engine, follow
+from engine.footprint import cache_bytes, kept_bytes, step_bytes, widened
 from engine.group import Group
 from engine.model import Ranks, ServedModel
 from engine.scheduler import Scheduler
@@ -30,6 +31,7 @@ from jobs.serving import DRAINED_S, ENDPOINT, Ending, Endpoint, ServeRequest
 from jobs.stages import DoesNotFitError, Place
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import combine_for
+from moe_ep.footprint import pass_bytes
 from moe_ep.placement import Slice
 from moe_ep.reading import Progress
 from moe_ep.selector import NoBackendError
@@ -115,15 +117,23 @@ def _load(
         raise ValueError(f"{checkpoint.path}: config.json does not give attention's sizes; a service needs all of them")
     dtype = torch.float32 if serve.dtype == "f32" else torch.bfloat16
     heads = Slice(where.rank, where.world) if serve.shard_dense else Slice()
-    planned = stages.check_fits(request, where)
-    planned["dense weights"] = sum(dense_held_bytes(request.shape, attention, heads.size, dtype.itemsize).values())
+    item, limits = dtype.itemsize, serve.limits
+    planned = widened(stages.check_fits(request, where), request.shape, item)
+    planned["dense weights"] = sum(dense_held_bytes(request.shape, attention, heads.size, item).values())
+    planned["caches"] = limits.sequences * cache_bytes(attention, request.shape.layers, limits.context, item)
+    planned["caches"] += kept_bytes(attention, request.shape.layers, limits.step_tokens, item)
+    planned["a step"] = step_bytes(
+        *(request.shape, attention, min(limits.step_tokens, limits.context), limits.context, heads.size, item),
+        experts=pass_bytes(request.shape, limits.step_tokens, expert_tp=request.expert_tp),
+    )
     data["planned"] = planned
     free = environment.free_memory(where.device) // (request.ranks_per_node if where.device.type == "cpu" else 1)
     if sum(planned.values()) > free:
         raise DoesNotFitError(
-            f"{sum(planned.values()) / GB:.1f} GB would be held, {planned['dense weights'] / GB:.1f} GB of it of what "
-            f"is not experts, but {free / GB:.1f} GB are free on {where.device}: use more ranks, a larger topology.ep, "
-            "or topology.dense=sharded"
+            f"{sum(planned.values()) / GB:.1f} GB would be held, {planned['dense weights'] / GB:.1f} GB of it of "
+            f"what is not experts, {planned['caches'] / GB:.1f} GB of caches, but {free / GB:.1f} GB are free on "
+            f"{where.device}: use more ranks, a larger topology.ep, topology.dense=sharded, or a smaller "
+            "memory.context, memory.batch or engine.limits.step_tokens"
         )
     ranks = Ranks(experts=combine_for(where.group_size, where.group), dense=combine_for(heads.size), heads=heads)
     started = time.monotonic()
