@@ -257,11 +257,17 @@ def test_when_a_rank_dies_clients_get_errors_and_the_service_comes_back(
         except openai.APIError as error:
             whole.append(error)
 
-    waiting = [threading.Thread(target=ask) for _ in range(10)]  # more than have a place: some wait in the queue
-    for thread in waiting:
-        thread.start()
+    def at_work() -> float:
+        lines = httpx.get(f"{service.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_"))
+
     stream = client.completions.create(**asked, stream=True)
     next(stream)
+    waiting = [threading.Thread(target=ask) for _ in range(9)]  # more than have a place: some wait in the queue
+    for thread in waiting:
+        thread.start()
+    while at_work() < 10:
+        time.sleep(0.1)
     os.kill(pids[2], signal.SIGKILL)
     killed = time.monotonic()
     # What the service still says of it, or else the end of the connection.
