@@ -212,8 +212,10 @@ def read_plan(run_dir: Path) -> dict[str, Any]:
         plan: dict[str, Any] = json.loads((run_dir / PLAN).read_text())
     except FileNotFoundError:
         raise InputError(f"{run_dir}: not the folder of a run, it has no {PLAN}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{run_dir / PLAN}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{run_dir / PLAN}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{run_dir / PLAN}: damaged: {error}") from None
     missing = [key for key in _RECORD if not isinstance(plan, dict) or key not in plan]
     if missing or not isinstance(plan["topology"], list):
         raise InputError(f"{run_dir / PLAN}: damaged: not the record of a plan ({', '.join(missing)} missing)")
