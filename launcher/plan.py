@@ -247,6 +247,8 @@ def problems_on_site(plan: Plan) -> list[str]:
     paths = {"run.folder": plan.config.run.folder, "model.checkpoint": model.checkpoint}
     paths["model.presharded"] = model.presharded
     paths["model.synthetic.folder"] = model.synthetic.folder if model.synthetic else None
+    serves_key = plan.config.engine.api_key if plan.config.job.kind == "serve" else None
+    paths["engine.api_key.file"] = serves_key.file if serves_key else None
     paths["engine.answer"] = answer = plan.config.engine.answer if plan.config.job.kind == "serve" else None
     problems = [
         f"{key}: {path}: {', '.join(unset)} is not set here; set it, or --set {key}=/a/path"
@@ -268,9 +270,15 @@ def problems_on_site(plan: Plan) -> list[str]:
 def _key_problems(config: Config) -> list[str]:
     """Slurm hands on the variables of the shell that submits: one that is missing here is missing on the ranks."""
     key = config.engine.api_key if config.job.kind == "serve" else None
-    if key is None or key.env is None or os.environ.get(key.env):
+    if key is None:
         return []
-    return [f"engine.api_key.env: {key.env} is not set here; export it in the shell that submits"]
+    if key.env is not None:
+        missing = not os.environ.get(key.env)
+        where = f"engine.api_key.env: {key.env} is not set here; export it in the shell that submits"
+        return [where] if missing else []
+    file = Path(str(key.file))
+    # A folder that is not here may still be on the nodes.
+    return [f"engine.api_key.file: no file {file}"] if file.parent.is_dir() and not is_file(file) else []
 
 
 def _preshard_problems(folder: str, kind: str) -> list[str]:
