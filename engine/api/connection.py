@@ -63,6 +63,13 @@ class Connection(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY:
             self._await_request()
 
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's, for what is not HTTP."""
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.abort()
+        else:
+            self._refuse(ApiError(400, f"not a request in HTTP: {msg}", code="invalid_http"))
+
     def pause_writing(self) -> None:
         """The client does not take what is written."""
         super().pause_writing()
@@ -98,6 +105,9 @@ class Connection(H11Protocol):
     def _refuse(self, error: ApiError) -> None:
         self._refused = True
         self._failed(error.status)
+        if self.cycle is not None and not self.cycle.response_complete:  # what waits for the rest of the request
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if len(self._lingering) >= LINGERING:
             self.transport.abort()
             return
@@ -108,7 +118,7 @@ class Connection(H11Protocol):
         head += [name + b": " + value for name, value in headers]
         self.transport.write(b"\r\n".join([*head, b"", answer.body]))
         self.transport.write_eof()
-        self.loop.call_later(LINGER_S, self.transport.abort)
+        self.loop.call_later(LINGER_S, self.transport.close)
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

@@ -54,8 +54,9 @@ class Server:
         config = uvicorn.Config(
             make_app(service),
             http=connection,
-            log_level="warning",
+            log_level="error",  # of what clients do wrong they are told; they must not fill rank 0's log
             access_log=False,
+            proxy_headers=False,
             lifespan="off",
             timeout_graceful_shutdown=int(_STOPPED_WITHIN_S),
         )

@@ -413,6 +413,26 @@ def test_a_request_that_comes_byte_by_byte_is_given_up(impatient: Running) -> No
     client.close()
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000,
+    ],
+)
+def test_what_is_not_http_is_refused_like_all_else_and_leaves_nothing_in_the_log(
+    said: bytes, impatient: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = heard(connect(impatient, said))
+    assert answer.startswith("HTTP/1.1 400 Bad Request\r\n")
+    assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+    until(lambda: not impatient.server._server.server_state.tasks)
+    assert caplog.text == ""
+
+
 def test_a_body_that_does_not_come_is_given_up_and_its_place_is_free(impatient: Running) -> None:
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 99\r\n\r\n{{"
     answer = heard(connect(impatient, head.encode()))
