@@ -5,7 +5,8 @@
 The dense model is transformers' own, with its own experts, on the dequantised weights in f32. Both read the same
 prompts and then the dense model's answer, so each position is compared by itself. By HTTP there are the
 log-probabilities of the 20 likeliest tokens of the service's own answer; they are compared as far as that is the dense
-model's. Four ranks on the CPU, or as many as there are GPUs. Prints a Markdown table.
+model's. In bf16 transformers' own model, all of it in bf16, is held against the same. Four ranks on the CPU, or as many
+as there are GPUs. Prints a Markdown table.
 """
 
 import argparse
@@ -113,6 +114,23 @@ def compared(told: dict[str, Any], expected: Tensor, answer: list[int]) -> tuple
     return same, worst
 
 
+@torch.inference_mode()
+def _forced(model: torch.nn.Module, length: int, answer: list[int]) -> Tensor:
+    """Logits f32 [ANSWER, V] where it reads a prompt and then the answer, whatever it would say itself."""
+    logits: Tensor = model(torch.tensor([prompt(length) + answer[:-1]])).logits[0].float()
+    return logits[length - 1 :]
+
+
+def _of_transformers(model: Any, expected: dict[int, Tensor], answers: dict[int, list[int]]) -> str:
+    """The row of a model that is not served."""
+    found = {length: _forced(model, length, answer) for length, answer in answers.items()}
+    worst = torch.cat([(found[n] - expected[n]).abs().amax(-1) for n in LENGTHS])
+    same = sum(int((found[n].argmax(-1) == torch.tensor(answers[n])).sum()) for n in LENGTHS)
+    whole = sum(greedy(model, prompt(n), ANSWER)[1] == answers[n] for n in LENGTHS)
+    off = f"{float(worst.max()):.3f}, {float(worst.median()):.3f}"
+    return f"{off} | {same} of {len(LENGTHS) * ANSWER} | – | {whole} of {len(LENGTHS)}"
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -126,11 +144,7 @@ def main() -> None:
         write_checkpoint(folder / "model", TINY, attention=TINY_ATTENTION)
         dense = dense_model(folder / "model", folder / "dense", torch.float32)
         answers = {length: greedy(dense, prompt(length), ANSWER)[1] for length in LENGTHS}
-        expected = {}
-        for length, answer in answers.items():
-            with torch.inference_mode():
-                logits = dense(torch.tensor([prompt(length) + answer[:-1]])).logits[0].float()
-            expected[length] = logits[length - 1 :]
+        expected = {length: _forced(dense, length, answer) for length, answer in answers.items()}
         everything = torch.stack([*expected.values()])
         count = len(LENGTHS) * ANSWER
         print(f"standard deviation of the dense logits {float(everything.std()):.2f}; {count} positions\n")
@@ -138,6 +152,9 @@ def main() -> None:
         heads += ["by HTTP: largest difference", "answers the same"]
         print("|", " | ".join(heads), "|\n" + "|---" * len(heads) + "|")
         for dtype in dtypes:
+            if dtype != "f32":
+                own = dense_model(folder / "model", folder / f"dense-{dtype}", DTYPES[dtype])
+                print(f"| {dtype} | transformers' own | {_of_transformers(own, expected, answers)} |", flush=True)
             store = folder / f"store-{dtype}"
             given = (world, gpus, str(folder / "model"), str(store), dtype, answers)
             start_processes(work, given, world, start_method="fork")

@@ -248,7 +248,7 @@ def _share(name: str, tensor: Tensor, heads: Slice) -> Tensor:
     dimension = HEADS.get(name)
     if heads.size == 1 or dimension is None:
         return tensor
-    return tensor.chunk(heads.size, dimension)[heads.rank].contiguous()
+    return tensor.chunk(heads.size, dimension)[heads.rank].clone()  # a view would keep all of it
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:

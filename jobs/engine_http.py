@@ -2,6 +2,8 @@
 
 import http.client
 import json
+import math
+import re
 import time
 import urllib.error
 import urllib.request
@@ -85,28 +87,34 @@ def _recorded(path: str) -> dict[str, Any]:
 
 
 def counter(metrics: str | None, name: str) -> float | None:
-    """The sum over a counter's labels in Prometheus's text, None where it is not there."""
-    values = [
-        float(line.rpartition(" ")[2])
-        for line in (metrics or "").splitlines()
-        if line.startswith((f"{name}{{", f"{name} "))
-    ]
-    return sum(values) if values else None
+    """The sum over a counter's labels in Prometheus's text; None where it is not there, or has counted nothing that a
+    counter can: NaN, Inf, less than 0."""
+    sample = re.compile(rf"{re.escape(name)}(?:{{.*}})?\s+(\S+)(?:\s+-?\d+)?\s*")  # a time may stand behind it
+    found = [match[1] for line in (metrics or "").splitlines() if (match := sample.fullmatch(line))]
+    values = [_number(text) for text in found]
+    return sum(values) if values and all(math.isfinite(value) and value >= 0 for value in values) else None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _headers(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key is not None else {}
 
 
-def answers(url: str, key: str | None) -> bool:
+def answers(url: str, key: str | None, timeout_s: float = 5) -> bool:
     """Whether it is answered 200."""
-    return get(url, key) is not None
+    return get(url, key, timeout_s) is not None
 
 
-def get(url: str, key: str | None) -> str | None:
+def get(url: str, key: str | None, timeout_s: float = 5) -> str | None:
     """The body, None unless it is answered 200."""
     try:
-        with _DIRECT.open(urllib.request.Request(url, headers=_headers(key)), timeout=5) as answer:
+        with _DIRECT.open(urllib.request.Request(url, headers=_headers(key)), timeout=timeout_s) as answer:
             body: str = answer.read().decode(errors="replace")
             return body if answer.status == 200 else None
     except _BROKEN:

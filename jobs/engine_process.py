@@ -76,7 +76,7 @@ class EngineProcess:
         """What to raise where it has ended by itself: how, and the end of its log."""
         self._reader.join(2)
         code = self._process.returncode
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}"
         return EngineDiedError("\n".join([f"{name} ended by itself: {how}", *self._last]))
 
     def tell_to_end(self) -> None:
@@ -101,6 +101,14 @@ class EngineProcess:
             if line.strip():
                 self._last.append(line.rstrip())
             self._on_line(line)
+
+
+def _signal_name(number: int) -> str:
+    """Real-time signals have no names of their own but for the first and the last."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}" if signal.SIGRTMIN < number < signal.SIGRTMAX else str(number)
 
 
 def _widen() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.board import FAILED, Board
+from jobs.engine_health import Health
 from jobs.engine_http import NotReadyError, answers, counter, get, warm
 from jobs.engine_process import EngineProcess, shards, surroundings
 from jobs.events import EventLog
@@ -120,6 +121,7 @@ class _Node:
         self.log, self.board, self.told = log, board, told
         self.node = rank.rank // request.ranks_per_node
         self.process: EngineProcess | None = None
+        self.health: Health | None = None
         self.http = 0
         self.was_ready = False
         self.key: str | None = None
@@ -195,6 +197,8 @@ class _Node:
             if self.told.wait(1.0):  # a signal to the whole job reaches the engine too
                 return
             raise self.process.died(f"{self.serve.engine} on {self.rank.host}")
+        if self.health is not None:
+            self.health.raise_if_hung()
         _raise_of_others(self.board, self.node)
 
     def _tell_loading(self) -> None:
@@ -230,18 +234,24 @@ class _Node:
         self._enter("ready")["url"] = endpoint.url
         endpoint.save(self.folder)
         self.was_ready = True
+        name = f"{self.serve.engine} on {self.rank.host}"
+        self.health = Health(name, self._url(READY_PATH[self.serve.engine]), self.key, self.serve.health_s)
         if self.serve.engine not in COUNTERS:  # nothing tells whether anybody asks
             self._enter("serving")
 
     def _counts(self) -> dict[str, int]:
         names = COUNTERS.get(self.serve.engine, {})
         metrics = get(self._url("/metrics"), self.key) if names else None
-        return {ours: int(counter(metrics, theirs) or 0) for ours, theirs in names.items()}
+        found = {ours: counter(metrics, theirs) for ours, theirs in names.items()}
+        return {ours: int(value) for ours, value in found.items() if value is not None}
 
     def _count(self) -> None:
         """Tell what was answered since the service was ready, when that has changed."""
+        if self.health is not None and not self.health.well:
+            return
         now = self._counts()
-        since: dict[str, Any] = {name: now[name] - self._at_ready[name] for name in now}
+        self._at_ready = now | self._at_ready  # what could not be read when it was ready counts from now on
+        since: dict[str, Any] = {name: max(0, now[name] - self._at_ready[name]) for name in now}
         if since.get("requests", 0) <= self._answered:
             return
         self._answered = since["requests"]
@@ -269,6 +279,8 @@ class _Node:
 
     def close(self) -> None:
         """Leave nothing running, however this ends."""
+        if self.health is not None:
+            self.health.end()
         if self.process is not None and self.process.exit_code is None:
             self.process.end(min(self.serve.drain_s, DRAINED_S / 2))
 

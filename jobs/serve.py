@@ -16,6 +16,7 @@ from engine import model as models
 from engine.api.server import Server, bind
 from engine.api.service import Limits, Service
 from engine.core import Engine, follow
+from engine.footprint import cache_bytes, kept_bytes, step_bytes, widened
 from engine.group import Group
 from engine.model import Ranks, ServedModel
 from engine.scheduler import Scheduler
@@ -35,6 +36,7 @@ from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import AllReduce, Alone, Combine
 from moe_ep.comm.group import Group as Collectives
 from moe_ep.comm.watch import Watch
+from moe_ep.footprint import pass_bytes
 from moe_ep.placement import Slice
 from moe_ep.reading import Progress
 from moe_ep.selector import NoBackendError
@@ -103,7 +105,15 @@ def run(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog, ending: 
 
 def _limits(serve: ServeRequest) -> Limits:
     limits = serve.limits
-    return Limits(limits.context, limits.completion_tokens, limits.prompts, limits.body_bytes, limits.request_s)
+    return Limits(
+        context=limits.context,
+        completion_tokens=limits.completion_tokens,
+        prompts=limits.prompts,
+        body_bytes=limits.body_bytes,
+        request_s=limits.request_s,
+        connections=limits.connections,
+        client_s=limits.client_s,
+    )
 
 
 def _load(
@@ -120,15 +130,23 @@ def _load(
         raise ValueError(f"{checkpoint.path}: config.json does not give attention's sizes; a service needs all of them")
     dtype = torch.float32 if serve.dtype == "f32" else torch.bfloat16
     heads = Slice(where.rank, where.world) if serve.shard_dense else Slice()
-    planned = stages.check_fits(request, where)
-    planned["dense weights"] = sum(dense_held_bytes(request.shape, attention, heads.size, dtype.itemsize).values())
+    item, limits = dtype.itemsize, serve.limits
+    planned = widened(stages.check_fits(request, where), request.shape, item)
+    planned["dense weights"] = sum(dense_held_bytes(request.shape, attention, heads.size, item).values())
+    planned["caches"] = limits.sequences * cache_bytes(attention, request.shape.layers, limits.context, item)
+    planned["caches"] += kept_bytes(attention, request.shape.layers, limits.step_tokens, item)
+    planned["a step"] = step_bytes(
+        *(request.shape, attention, min(limits.step_tokens, limits.context), limits.context, heads.size, item),
+        experts=pass_bytes(request.shape, limits.step_tokens, expert_tp=request.expert_tp),
+    )
     data["planned"] = planned
     free = environment.free_memory(where.device) // (request.ranks_per_node if where.device.type == "cpu" else 1)
     if sum(planned.values()) > free:
         raise DoesNotFitError(
-            f"{sum(planned.values()) / GB:.1f} GB would be held, {planned['dense weights'] / GB:.1f} GB of it of what "
-            f"is not experts, but {free / GB:.1f} GB are free on {where.device}: use more ranks, a larger topology.ep, "
-            "or topology.dense=sharded"
+            f"{sum(planned.values()) / GB:.1f} GB would be held, {planned['dense weights'] / GB:.1f} GB of it of "
+            f"what is not experts, {planned['caches'] / GB:.1f} GB of caches, but {free / GB:.1f} GB are free on "
+            f"{where.device}: use more ranks, a larger topology.ep, topology.dense=sharded, or a smaller "
+            "memory.context, memory.batch or engine.limits.step_tokens"
         )
     first = where.rank - where.group_rank
     ranks = Ranks(

@@ -39,6 +39,8 @@ class ServeLimits:
     step_tokens: int
     """Tokens of one step over all sequences."""
     request_s: int
+    connections: int = 512
+    client_s: int = 30
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class ServeRequest:
     """Likewise, by node; {head}, {meeting} and {http} in a word are filled in by the nodes."""
     key_variable: str | None = None
     """Likewise: where it takes the key that clients must send."""
+    health_s: int = 0
+    """Likewise: after how long without an answer of its health address it is taken for hung; 0: never."""
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "ServeRequest":

@@ -9,11 +9,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from launcher.engine_schema import Engine
 from launcher.engines.known import program_of
 from launcher.engines.problems import program_problems
 from launcher.errors import InputError
 from launcher.explain import OVERRIDE, Sources, did_you_mean, explain
 from launcher.schema import Config
+from launcher.secrets import secret_problems
 from launcher.yamlfile import parse, read_mapping
 from moe_ep.cost import OWN_TOKENS, SAME_TOKENS
 from moe_ep.shape import ACTIVATION_GROUP, FP8_BLOCK, MXFP4_BLOCK
@@ -161,7 +163,7 @@ def _contradictions(config: Config, sources: Sources) -> list[str]:
         )
     if config.job.kind == "serve" and config.engine.name == "embedded":
         out += _embedded_problems(config, sources)
-    out += program_problems(config, sources) + _made_problems(config, sources)
+    out += program_problems(config, sources) + _made_problems(config, sources) + secret_problems(config, sources)
     if cluster.scheduler == "slurm" and config.limits.signal_s >= config.limits.time_min * 60:
         out.append(
             f"{where('limits.signal_s')}: {config.limits.signal_s} s before the end of limits.time_min "
@@ -219,7 +221,8 @@ def _embedded_problems(config: Config, sources: Sources) -> list[str]:
             f"{where('engine.limits.step_tokens')}: {engine.limits.step_tokens} is less than memory.batch "
             f"{config.memory.batch}: each sequence that is being answered reads one token a step"
         )
-    given = {"command": engine.command, "args": engine.args, "env": engine.env}
+    given: dict[str, object] = {"command": engine.command, "args": engine.args, "env": engine.env}
+    given |= {"health_s": engine.health_s != Engine().health_s, "allow_unknown_args": engine.allow_unknown_args}
     out += [
         f"{where(f'engine.{key}')}: of an engine that is a program of its own; engine.name is embedded"
         for key, value in given.items()

@@ -35,7 +35,9 @@ class EngineLimits(_Section):
 
     body_kb: of a request's body. completion_tokens: of one answer. prompts: of one text completion. queue: requests
     that wait for a place; more are told to come again (429). step_tokens: of one step over all sequences, so a longer
-    prompt is read in several. request_s: of one request, from its arrival to its last token.
+    prompt is read in several. request_s: of one request, from its arrival to its last token. connections: of clients,
+    open at once; more are told 503. client_s: within which a request must be there whole, once its connection is open
+    or it has begun (408), and a client must take something of its answer.
     """
 
     body_kb: int = Field(default=1024, ge=1, le=10**6)
@@ -44,6 +46,8 @@ class EngineLimits(_Section):
     queue: int = Field(default=64, ge=0, le=10**6)
     step_tokens: int = Field(default=512, ge=1, le=2**24)
     request_s: int = Field(default=600, ge=1, le=10**6)
+    connections: int = Field(default=512, ge=1, le=10**5)
+    client_s: int = Field(default=30, ge=1, le=10**5)
 
 
 class Engine(_Section):
@@ -55,8 +59,10 @@ class Engine(_Section):
     ranks are brought up again after one of them has died, before the service has failed. ready_s: from a rank's start
     to the first answer. drain_s: for what is running when the service is told to end, by cancel or the time limit.
     answer: a file with a recorded answer (see docs/serving.md), which the service must give before it is ready. dtype:
-    of what the embedded engine computes beside the experts; f32 to compare the experts alone. command, args, env: of an
-    engine that is a program.
+    of what the embedded engine computes beside the experts; f32 to compare the experts alone. command, args, env,
+    health_s: of an engine that is a program; one that was ready and whose health address has not answered for health_s
+    is taken for hung, and has failed (0: it is not asked). allow_unknown_args: lets flags in args pass that the engine
+    is not known to have (launcher/engines/flags.yaml).
     """
 
     name: Literal["embedded", "tokenspeed", "vllm", "sglang"] = "embedded"
@@ -68,10 +74,12 @@ class Engine(_Section):
     restarts: int = Field(default=0, ge=0, le=1000)
     ready_s: int = Field(default=3600, ge=1, le=10**6)
     drain_s: int = Field(default=20, ge=0, le=3600)
+    health_s: int = Field(default=120, ge=0, le=10**6)
     answer: Text | None = None
     dtype: Literal["bf16", "f32"] = "bf16"
     command: Annotated[list[Text], Field(min_length=1)] | None = None
     args: dict[Option, Text | int | float | bool] = {}
+    allow_unknown_args: bool = False
     env: dict[Variable, Annotated[str, Field(pattern=r"^[^\x00]*$")] | int] = {}
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.events import EVENTS
+from launcher.files import is_file
 from launcher.units import size
 
 LAUNCHER = -1
@@ -41,6 +42,8 @@ class Tail:
         """Events since the last call, by time; those of a file's attempt in its order, though a clock was set."""
         found: list[tuple[float, Event]] = []
         for file in sorted(self._folder.glob("*.jsonl")):
+            if not is_file(file):  # a pipe would never end, nor a device
+                continue
             try:
                 with file.open("rb") as f:
                     f.seek(self._read.get(file, 0))

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from jobs.redact import HIDDEN, is_secret, redact
 from launcher.schema import Config
 
 OVERRIDE = "--set"
@@ -72,11 +73,12 @@ def _fault(error: Any, location: list[str]) -> str:
     if error["type"] == "string_pattern_mismatch":
         # A control character cannot be seen in a message.
         message = f"must match {error['ctx']['pattern']}"
+    found = HIDDEN if is_secret(location[-1]) else redact(repr(error["input"]))
     if error["type"] == "model_type":
-        return f"{error['input']!r} is wrong: expected {_form(location)}"
+        return f"{found} is wrong: expected {_form(location)}"
     if error["type"] == "value_error":
         return message.removeprefix("value error, ")
-    return f"{error['input']!r} is wrong: {message}"
+    return f"{found} is wrong: {message}"
 
 
 def _section_at(location: Sequence[str]) -> type[BaseModel] | None:

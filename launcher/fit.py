@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.host import available
+from launcher.engines.known import program_of
 from launcher.memory import RankMemory, Scope, Weights, ranks_of, tensors_of, weigh
 from launcher.schema import Config
 from launcher.units import GB
 from moe_ep.attention import AttentionShape
-from moe_ep.shape import FP8_BLOCK
+from moe_ep.shape import FP8_BLOCK, MXFP4_BLOCK
 
 TIGHT = 0.08
 """Where less than this share of the memory is left, nobody should count on it."""
@@ -135,15 +136,19 @@ def _changes(config: Config, attention: AttentionShape | None, scope: Scope) -> 
     topology, experts = config.topology, config.model.sizes.experts
     shared = config.model.sizes.shared_experts * config.model.sizes.intermediate
     group = max(topology.ep, topology.expert_tp)
-    serves = config.job.kind == "serve"  # whose shared expert is whole
+    serves = config.job.kind == "serve"  # whose shared expert is whole, and which holds the whole model
     if group > 1 and not serves and topology.shared_expert == "replicated" and shared % (FP8_BLOCK * group) == 0:
         yield {"topology.shared_expert=sharded": {"topology": {"shared_expert": "sharded"}}}
-    if topology.tp > 1 and topology.dense == "replicated" and scope == "model":
+    if topology.tp > 1 and topology.dense == "replicated" and (scope == "model" or serves):
         yield {"topology.dense=sharded (TP for what is not experts)": {"topology": {"dense": "sharded"}}}
-    if scope == "model" and attention is not None:
+    if (scope == "model" or serves) and attention is not None:
         contexts = [config.memory.context >> n for n in range(1, 24) if config.memory.context >> n >= SHORTEST]
         yield {f"memory.context={n}": {"memory": {"context": n}} for n in contexts}
-    wider = [ep for ep in range(topology.ep + 1, topology.tp + 1) if topology.tp % ep == 0 and ep <= experts]
+    program = program_of(config) is not None  # which spreads the experts over all ranks, whole or in slices
+    sliced = program and topology.expert_tp > 1
+    wider = [
+        ep for ep in range(topology.ep + 1, topology.tp + 1) if topology.tp % ep == 0 and ep <= experts and not program
+    ]
     yield {f"topology.{_told(keys)}": {"topology": keys} for ep in wider for keys in [_spread(config, {"ep": ep})]}
     if config.cluster.scheduler == "local":
         return  # there is but this machine
@@ -151,8 +156,13 @@ def _changes(config: Config, attention: AttentionShape | None, scope: Scope) -> 
     yield {
         f"{n} nodes (topology.{_told(keys)})": {"topology": keys}
         for n, ranks in nodes.items()
-        if ranks <= experts and (attention is None or attention.heads % ranks == 0)
-        for keys in [_spread(config, {"nodes": n, "tp": ranks, "ep": ranks})]
+        if (config.model.sizes.intermediate % (MXFP4_BLOCK * ranks) == 0 if sliced else ranks <= experts)
+        and (attention is None or attention.heads % ranks == 0)
+        for keys in [
+            {"nodes": n, "tp": ranks, "expert_tp": ranks}
+            if sliced
+            else _spread(config, {"nodes": n, "tp": ranks, "ep": ranks})
+        ]
     }
 
 

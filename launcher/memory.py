@@ -1,10 +1,11 @@
 """Bytes that a rank would hold, item by item, before anything is started."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from engine.footprint import cache_bytes, kept_bytes, step_bytes, widened
 from launcher.arranging import slots_of
 from launcher.config import layer_numbers
 from launcher.errors import InputError
@@ -25,7 +26,8 @@ Scope = Literal["job", "model"]
 # Matrices of attention that a TP group shards, by columns of heads and groups of heads (as DeepSeek's own code does).
 _SHARDED = ("attn.wq_b.", "attn.wo_a.", "attn.wo_b.", "attn.attn_sink")
 
-# Bytes of a cache entry: 448 values and 64 rotary ones in bf16 with scales, and the indexer's 128 with one scale.
+# Bytes of V4's cache entry: 448 values and 64 rotary ones in bf16 with scales, and the indexer's 128 with one scale.
+_ENTRY_WIDTH, _KEY_WIDTH = 512, 128
 _ENTRY = {"fp8": (448 + 2 * 64 + 8, 128 + 4), "bf16": (2 * 512, 2 * 128)}
 
 
@@ -79,6 +81,7 @@ def kv_bytes(attention: AttentionShape, layers: int, context: int, batch: int, k
     indexer keeps a key for each entry too. There is one head, so every rank of a TP group holds all of it.
     """
     entry, key = _ENTRY[kind]
+    entry, key = entry * attention.head_dim // _ENTRY_WIDTH, key * attention.index_dim // _KEY_WIDTH
     total = 0
     for layer in range(layers):
         ratio = attention.ratio(layer)
@@ -172,6 +175,8 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
     own = topology.ep if topology.own_tokens else 1
     gpu, exchanges = cluster.arch != "cpu", cluster.arch == "cpu" or config.comm.strategy != "all_gather"
     sharing = Sharing(own, Wire(config.comm.payload).row_bytes(shape), exchanges, gpu)
+    value = 4 if serves and config.engine.dtype == "f32" else 2
+    held = widened(held, shape, value) if serves else held
     work = work_bytes(
         shape,
         len(layers),
@@ -187,6 +192,9 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
         sharing=sharing,
     )
     parts = {part: count for part, count in work.items() if part in WORK_OF.get(job.kind, work)}
+    if serves and attention:
+        sizes = (min(tokens, memory.context), memory.context, dense_tp, value)
+        parts["largest pass"] = step_bytes(shape, attention, *sizes, work["largest pass"])
     made = config.model.synthetic is not None and config.model.synthetic.folder is None
     buffers = buffer_bytes(job.reading.threads) if not made and (cluster.arch != "cpu" or job.reading.direct) else 0
     share = f"{len(place.experts)} of {shape.experts} a layer"
@@ -196,19 +204,23 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
     whole_shared = weights.shared // topology.shared_tp
     cache = kv_bytes(attention, shape.layers, memory.context, memory.batch, memory.kv) if attention else 0
     mtp = sum(weights.mtp_experts) * local // shape.experts // topology.expert_tp + weights.mtp_rest
-    item = 4 if config.engine.dtype == "f32" else 2
-    engine = dense_held_bytes(shape, attention, dense_tp, item) if serves and attention else {}
-    return (
+    engine = dense_held_bytes(shape, attention, dense_tp, value) if serves and attention else {}
+    served_cache = 0
+    if serves and attention:
+        served_cache = memory.batch * cache_bytes(attention, shape.layers, memory.context, value)
+        served_cache += kept_bytes(attention, shape.layers, tokens, value)
+    in_fp8 = shape.held_bytes(layers, local, shared_tp=topology.shared_tp)["shared experts"] // 2
+    items = (
         Item(
             "routed experts",
             held["routed experts"],
             sum(weights.experts) * local // shape.experts // topology.expert_tp,
             share,
         ),
-        Item("shared experts", held["shared experts"] // 2, whole_shared, shared),
+        Item("shared experts", in_fp8, whole_shared, shared),
         Item(
-            "shared experts, bf16 instead of fp8",
-            held["shared experts"] - held["shared experts"] // 2,
+            f"shared experts, {'f32' if value == 4 else 'bf16'} instead of fp8",
+            held["shared experts"] - in_fp8,
             whole_shared,
             "as the layer holds them",
         ),
@@ -229,12 +241,12 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
             "embeddings and head",
             engine.get("vocabulary", 0),
             weights.embeddings // dense_tp,
-            dense,
+            f"{dense}; here replicated, the head in f32" if serves and dense_tp > 1 else dense,
         ),
         Item("MTP layers", 0, mtp, share + ", the rest replicated" if mtp else "none"),
         Item(
             "KV cache",
-            cache * item // 2 if serves else 0,
+            served_cache,
             cache,
             f"{memory.batch} × {memory.context} tokens, {memory.kv}"
             if attention
@@ -257,6 +269,9 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
         Item("communicator", int(cluster.communicator_gb * GB), int(cluster.communicator_gb * GB), "cluster's figure"),
         Item("reserve", int(cluster.reserve_gb * GB), int(cluster.reserve_gb * GB), "system, runtime, process"),
     )
+    # An engine that is a program holds the whole model; what it takes beside that is its own.
+    program = job.kind == "serve" and not serves
+    return tuple(replace(item, job=item.model) for item in items) if program else items
 
 
 def _passes(config: Config) -> tuple[int, ...]:

@@ -99,7 +99,7 @@ def judge(events: Iterable[Event], world: int) -> Outcome:
     if "vanished" in notes:
         return Outcome("failed", _silent(events, notes["vanished"].data.get("rank", 0)))
     hanging = _hanging(failed, silent)
-    if hanging is not None and (hanging not in silent or "ended" in notes):
+    if hanging is not None and (hanging not in silent or "ended" in notes or len(silent) == 1):
         return Outcome("failed", _hung(events, failed, hanging))
     if silent and ("ended" in notes or (failed and len(silent) == 1)):
         return Outcome("failed", _silent(events, silent[0]))

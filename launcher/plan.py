@@ -122,9 +122,12 @@ class Plan:
                 queue=limits.queue,
                 step_tokens=limits.step_tokens,
                 request_s=limits.request_s,
+                connections=limits.connections,
+                client_s=limits.client_s,
             ),
             ready_s=engine.ready_s,
             drain_s=engine.drain_s,
+            health_s=engine.health_s,
             answer=engine.answer,
             dtype=engine.dtype,
             shard_dense=config.topology.dense == "sharded" and config.topology.tp > 1,
@@ -210,8 +213,10 @@ def read_plan(run_dir: Path) -> dict[str, Any]:
         plan: dict[str, Any] = json.loads((run_dir / PLAN).read_text())
     except FileNotFoundError:
         raise InputError(f"{run_dir}: not the folder of a run, it has no {PLAN}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{run_dir / PLAN}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{run_dir / PLAN}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{run_dir / PLAN}: damaged: {error}") from None
     missing = [key for key in _RECORD if not isinstance(plan, dict) or key not in plan]
     if missing or not isinstance(plan["topology"], list):
         raise InputError(f"{run_dir / PLAN}: damaged: not the record of a plan ({', '.join(missing)} missing)")
@@ -243,6 +248,8 @@ def problems_on_site(plan: Plan) -> list[str]:
     paths = {"run.folder": plan.config.run.folder, "model.checkpoint": model.checkpoint}
     paths["model.presharded"] = model.presharded
     paths["model.synthetic.folder"] = model.synthetic.folder if model.synthetic else None
+    serves_key = plan.config.engine.api_key if plan.config.job.kind == "serve" else None
+    paths["engine.api_key.file"] = serves_key.file if serves_key else None
     paths["engine.answer"] = answer = plan.config.engine.answer if plan.config.job.kind == "serve" else None
     problems = [
         f"{key}: {path}: {', '.join(unset)} is not set here; set it, or --set {key}=/a/path"
@@ -264,9 +271,15 @@ def problems_on_site(plan: Plan) -> list[str]:
 def _key_problems(config: Config) -> list[str]:
     """Slurm hands on the variables of the shell that submits: one that is missing here is missing on the ranks."""
     key = config.engine.api_key if config.job.kind == "serve" else None
-    if key is None or key.env is None or os.environ.get(key.env):
+    if key is None:
         return []
-    return [f"engine.api_key.env: {key.env} is not set here; export it in the shell that submits"]
+    if key.env is not None:
+        missing = not os.environ.get(key.env)
+        where = f"engine.api_key.env: {key.env} is not set here; export it in the shell that submits"
+        return [where] if missing else []
+    file = Path(str(key.file))
+    # A folder that is not here may still be on the nodes.
+    return [f"engine.api_key.file: no file {file}"] if file.parent.is_dir() and not is_file(file) else []
 
 
 def _preshard_problems(folder: str, kind: str) -> list[str]:

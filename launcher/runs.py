@@ -79,8 +79,10 @@ def submissions(run_dir: Path) -> list[Submission]:
         return [Submission(**{**line, "exclude": tuple(line.get("exclude", ()))}) for line in lines]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{run_dir / SUBMISSIONS}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{run_dir / SUBMISSIONS}: {error.strerror or error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{run_dir / SUBMISSIONS}: damaged: not a list of submissions: {error}") from None
 
 
 def find_run(text: str, folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """Reading a log for what the rules know, in bounded memory: a log may be larger than that, and one line of it too."""
 
+import codecs
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -7,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
+from jobs.redact import redact
 from launcher.rules import Rule, Rules, load
 
 _CHUNK = 1 << 20
@@ -128,16 +130,17 @@ class Scanner:
         for word, rules in self._marks.by_word.items():
             if word in lowered:
                 for rule, pattern in rules:
-                    if rule.name not in self._found and pattern.search(text):
-                        self._found[rule.name] = rule, self._line(text)
+                    if rule.name not in self._found and (match := pattern.search(text)):
+                        self._found[rule.name] = rule, self._line(text, match[0])
         self._hosts |= _hosts(text)
         if _EXCEPTION.match(text):
             self._exception = self._line(text)
             self._first = self._first or self._exception
-        if self._failure is None and self._marks.failure.search(text):
-            self._failure = self._line(text)
-        if self._error is None and any(pattern.search(text) for pattern in self._marks.errors):
-            self._error = self._line(text)
+        if self._failure is None and (match := self._marks.failure.search(text)):
+            self._failure = self._line(text, match[0])
+        found = (pattern.search(text) for pattern in self._marks.errors)
+        if self._error is None and (match := next(filter(None, found), None)):
+            self._error = self._line(text, match[0])
 
     def _survived(self, rank: int | None) -> None:
         """A process ended well, so what it said before was none of its end; `rank` if the log is of several."""
@@ -159,8 +162,8 @@ class Scanner:
         failure = self._failure or last
         return Findings(found, self._error, failure, self._hosts, self._first, self._succeeded, self.number)
 
-    def _line(self, text: str) -> Line:
-        line = replace(line_of(text), file=self._file, number=self.number)
+    def _line(self, text: str, about: str = "") -> Line:
+        line = replace(line_of(text, about), file=self._file, number=self.number)
         # Slurm writes of a whole step into the log of rank 0, which is also the batch script's.
         own = line.rank is None and not text.startswith(("slurmstepd", "srun: "))
         return replace(line, rank=self._rank) if own else line
@@ -178,15 +181,23 @@ def _hosts(text: str) -> dict[int, str]:
     return hosts
 
 
-def line_of(text: str) -> Line:
-    """A line with what it tells itself."""
+def line_of(text: str, about: str = "") -> Line:
+    """A line with what it tells itself; of a long one is shown what stands around `about`."""
     rank, host, time = _RANK.search(text), _HOST.search(text), _TIME.search(text)
     return Line(
-        text.strip()[:_SHOWN],
+        _around(text.strip(), about),
         rank=int(next(filter(None, rank.groups()))) if rank else None,
         host=next(filter(None, host.groups())) if host else "",
         time=next(filter(None, time.groups())) if time else "",
     )
+
+
+def _around(text: str, about: str) -> str:
+    if len(text) <= _SHOWN:
+        return text
+    text = redact(text)  # before it is cut: what is left of a secret might not look like one
+    at = text.find(about)
+    return text[at - _SHOWN // 4 :][:_SHOWN] if at > _SHOWN // 2 else text[:_SHOWN]
 
 
 def scan_lines(lines: Iterable[str], rules: Rules | None = None, file: str = "", rank: int | None = None) -> Findings:
@@ -201,7 +212,10 @@ def scan_lines(lines: Iterable[str], rules: Rules | None = None, file: str = "",
 def scan_file(path: Path, rank: int | None = None, rules: Rules | None = None) -> Findings:
     """What a log says, whatever bytes it holds. Raises `OSError` if it cannot be read."""
     scanner = Scanner(rules or load(), str(path), rank)
-    with path.open("rb") as file:
+    with path.open("rb") as raw:
+        utf16 = raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        raw.seek(0)
+        file = codecs.EncodedFile(raw, "utf-8", "utf-16", "replace") if utf16 else raw
         for block, lines in _blocks(file):
             before = scanner.number
             if not scanner.says_nothing(block.lower()):

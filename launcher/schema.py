@@ -3,9 +3,8 @@
 from dataclasses import MISSING, fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, create_model, field_validator, model_validator
+from pydantic import BaseModel, Field, create_model, model_validator
 
-from jobs.redact import is_secret
 from launcher.engine_schema import Engine
 from launcher.fields import NAME, STRICT, Option, Scratch, Text, Variable
 from moe_ep.attention import AttentionShape
@@ -101,17 +100,6 @@ class Cluster(_Section):
     env: dict[Variable, Annotated[str, Field(pattern=r"^[^\x00]*$")] | int] = {}
     unset: list[Variable] = []
     network: NetworkFigures | None = None
-
-    @field_validator("env")
-    @classmethod
-    def _no_secrets(cls, env: dict[str, str | int]) -> dict[str, str | int]:
-        secret = [name for name in env if is_secret(name)]
-        if secret:
-            raise ValueError(
-                f"{', '.join(secret)}: a secret does not belong here: scripts and reports show it; export "
-                "it in the shell that submits: Slurm hands it on to the ranks"
-            )
-        return env
 
 
 class Synthetic(_Section):

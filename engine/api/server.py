@@ -3,10 +3,12 @@
 import contextlib
 import socket
 import threading
+from functools import partial
 
 import uvicorn
 
 from engine.api.app import make_app
+from engine.api.connection import Connection
 from engine.api.service import Service
 
 _STARTED_WITHIN_S = 30.0
@@ -41,10 +43,20 @@ class Server:
     def __init__(self, service: Service, bound: socket.socket) -> None:
         self._socket = bound
         self.port: int = bound.getsockname()[1]
+        limits = service.limits
+        connection = partial(
+            Connection,
+            most=limits.connections,
+            client_s=limits.client_s,
+            failed=service.metrics.failed,
+            lingering=set(),
+        )
         config = uvicorn.Config(
             make_app(service),
-            log_level="warning",
+            http=connection,
+            log_level="error",  # of what clients do wrong they are told; they must not fill rank 0's log
             access_log=False,
+            proxy_headers=False,
             lifespan="off",
             timeout_graceful_shutdown=int(_STOPPED_WITHIN_S),
         )

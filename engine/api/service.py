@@ -21,6 +21,10 @@ class Limits:
     prompts: int
     body_bytes: int
     request_s: float
+    connections: int = 512
+    """Of clients, open at once."""
+    client_s: float = 30
+    """Within which a request must be there, once it has begun, and a client must take something of its answer."""
 
 
 @dataclass

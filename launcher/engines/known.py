@@ -55,12 +55,17 @@ def node_commands(config: Config, checkpoint: str, python: str) -> list[list[str
 
 
 def limits_of(config: Config) -> list[Limit]:
-    """What is known against a config's engine on its cluster's devices; [] where nothing is."""
-    program, arch = program_of(config), config.cluster.arch
+    """What is known against a config's engine, on its cluster's devices or where it listens; [] where nothing is."""
+    program, arch, engine = program_of(config), config.cluster.arch, config.engine
+    open_to_all = (
+        [Limit(f"engine.host: {engine.host} without engine.api_key: whoever reaches the node may use it", stops=False)]
+        if config.job.kind == "serve" and engine.public and engine.api_key is None
+        else []
+    )
     if program is None:
-        return []
+        return open_to_all
     said = Limit(f"{program.name}: its flags are those of {program.read}; other versions may have others", stops=False)
-    return [*(_ON_GFX942[program.name](config) if arch == "gfx942" else []), said]
+    return [*(_ON_GFX942[program.name](config) if arch == "gfx942" else []), *open_to_all, said]
 
 
 def _tokenspeed(config: Config) -> list[Limit]:

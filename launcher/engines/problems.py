@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 from launcher.engine_schema import Engine
+from launcher.engines.flags import has_flag, known_flags, releases
 from launcher.engines.known import launch_of, program_of
-from launcher.explain import Sources
+from launcher.engines.program import Program
+from launcher.explain import Sources, did_you_mean
 from launcher.schema import Config
 
 _EMBEDDED_ONLY = ("limits", "dtype")
@@ -16,6 +18,7 @@ def program_problems(config: Config, sources: Sources) -> list[str]:
     if program is None:
         return []
     out = [_at(where, text) for text in program.argument_problems(engine.args)]
+    out += [_at(where, text) for text in _unknown_flags(program, engine)]
     layout = program.layout_problem(launch_of(config, ""))
     if layout is not None:
         out.append(_at(where, layout))
@@ -37,6 +40,17 @@ def program_problems(config: Config, sources: Sources) -> list[str]:
         if getattr(engine, key) != getattr(default, key)
     ]
     return out
+
+
+def _unknown_flags(program: Program, engine: Engine) -> list[str]:
+    if engine.allow_unknown_args:
+        return []
+    return [
+        f"engine.args.{name}: {program.name} has no --{name} in what was read of it ({releases(program.name)})"
+        f"{did_you_mean(name, sorted(known_flags(program.name)))}; engine.allow_unknown_args: true lets it pass"
+        for name in engine.args
+        if f"--{name}" not in program.keys and not has_flag(program.name, name)
+    ]
 
 
 def _at(where: Callable[[str], str], text: str) -> str:

@@ -249,14 +249,34 @@ def test_when_a_rank_dies_clients_get_errors_and_the_service_comes_back(
 ) -> None:
     pids = {e.rank: e.data["pid"] for e in read_events(service.run_dir) if e.event == "started"}
     asked: dict[str, Any] = {"model": MODEL, "prompt": "Once", "max_tokens": 500, "extra_body": {"ignore_eos": True}}
+    whole: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            client.completions.create(**asked)
+        except openai.APIError as error:
+            whole.append(error)
+
+    def at_work() -> float:
+        lines = httpx.get(f"{service.url}/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_"))
+
     stream = client.completions.create(**asked, stream=True)
     next(stream)
+    waiting = [threading.Thread(target=ask) for _ in range(9)]  # more than have a place: some wait in the queue
+    for thread in waiting:
+        thread.start()
+    while at_work() < 10:
+        time.sleep(0.1)
     os.kill(pids[2], signal.SIGKILL)
     killed = time.monotonic()
     # What the service still says of it, or else the end of the connection.
     with pytest.raises((openai.APIError, httpx.HTTPError)):
         list(stream)
+    for thread in waiting:
+        thread.join(20)
     assert time.monotonic() - killed < 20
+    assert len(whole) == len(waiting)
     service.wait_until_ready(attempt=1)
     again = openai.OpenAI(base_url=f"{service.url}/v1", api_key=KEY, timeout=60, max_retries=0)
     assert again.completions.create(model=MODEL, prompt="Once", max_tokens=2).usage is not None

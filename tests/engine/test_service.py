@@ -1,9 +1,13 @@
 """The HTTP service without ranks: what is refused, and what clients are told when the engine fails."""
 
 import asyncio
+import contextlib
 import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,9 +34,9 @@ LIMITS = Limits(context=64, completion_tokens=40, prompts=4, body_bytes=2000, re
 class Running:
     """A service on a port, its engine in a thread."""
 
-    def __init__(self, folder: Path, queue: int = 1) -> None:
+    def __init__(self, folder: Path, queue: int = 1, limits: Limits = LIMITS) -> None:
         self.parrot = Parrot()
-        self.service = Service(MODEL, LIMITS, KEY)
+        self.service = Service(MODEL, limits, KEY)
         self.server = Server(self.service, bind("127.0.0.1", 0))
         self.server.start()
         self.url = f"http://127.0.0.1:{self.server.port}"
@@ -362,6 +366,108 @@ def test_a_request_that_takes_too_long_is_given_up(folder: Path) -> None:
         until(lambda: running.engine.load == (0, 0))
     finally:
         running.end()
+
+
+@pytest.fixture
+def impatient(folder: Path) -> Iterator[Running]:
+    """Two connections at once, and half a second for each request."""
+    running = Running(folder, limits=replace(LIMITS, connections=2, client_s=0.5)).begin()
+    yield running
+    running.end()
+
+
+def connect(running: Running, said: bytes = b"") -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", running.server.port), timeout=10)
+    client.sendall(said)
+    return client
+
+
+def heard(client: socket.socket) -> str:
+    """All until the service closes the connection."""
+    with client:
+        return b"".join(iter(lambda: client.recv(65536), b"")).decode()
+
+
+def test_one_connection_too_many_is_told_so_and_those_that_say_nothing_free_theirs(impatient: Running) -> None:
+    idle = [connect(impatient) for _ in range(2)]
+    until(lambda: len(impatient.server._server.server_state.connections) == 2)
+    answer = impatient.get("/health")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "too_many_connections")
+    assert "2 connections are open already" in answer.json()["error"]["message"]
+    assert all(heard(client).startswith("HTTP/1.1 408 Request Timeout\r\n") for client in idle)
+    assert impatient.get("/health").status_code == 200
+    assert impatient.metric('request_failure_total{model_name="parrot",status="408"') == 2
+
+
+def test_a_request_that_comes_byte_by_byte_is_given_up(impatient: Running) -> None:
+    client = connect(impatient)
+    began = time.monotonic()
+    client.settimeout(0.025)
+    said = b""
+    while not said and time.monotonic() - began < 8:
+        client.sendall(b"G")
+        with contextlib.suppress(TimeoutError):
+            said = client.recv(100)
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert time.monotonic() - began > 0.4
+    client.close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 200_000,
+    ],
+)
+def test_what_is_not_http_is_refused_like_all_else_and_leaves_nothing_in_the_log(
+    said: bytes, impatient: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = heard(connect(impatient, said))
+    assert answer.startswith("HTTP/1.1 400 Bad Request\r\n")
+    assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+    until(lambda: not impatient.server._server.server_state.tasks)
+    assert caplog.text == ""
+
+
+def test_a_body_that_does_not_come_is_given_up_and_its_place_is_free(impatient: Running) -> None:
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 99\r\n\r\n{{"
+    answer = heard(connect(impatient, head.encode()))
+    assert answer.startswith("HTTP/1.1 408 ")
+    assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["code"] == "request_timeout"
+    until(lambda: not impatient.server._server.server_state.tasks)
+    until(lambda: not impatient.server._server.server_state.connections)
+
+
+def test_a_request_that_was_refused_before_its_end_does_not_keep_its_connection(impatient: Running) -> None:
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 9999\r\n\r\n"
+    client = connect(impatient, head.encode())
+    assert client.recv(65536).startswith(b"HTTP/1.1 413 ")
+    until(lambda: not impatient.server._server.server_state.connections)
+    client.close()
+
+
+def test_an_answer_that_takes_long_is_waited_for_on_a_connection_that_may_be_used_again(impatient: Running) -> None:
+    impatient.parrot.go.clear()
+    threading.Timer(0.8, impatient.parrot.go.set).start()
+    with httpx.Client(base_url=impatient.url, headers=impatient.headers, timeout=20) as client:
+        body = {"model": MODEL, "prompt": [7], "max_tokens": 2}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        time.sleep(0.7)
+        assert client.get("/health").status_code == 200
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_left(impatient: Running) -> None:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    client.connect(("127.0.0.1", impatient.server.port))
+    client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 3000)
+    until(lambda: impatient.server._server.server_state.connections)
+    until(lambda: not impatient.server._server.server_state.connections)
+    client.close()
 
 
 def test_a_port_that_is_taken_is_named_before_anything_is_loaded() -> None:

@@ -3,6 +3,7 @@
     python program.py vllm serve MODEL ... | sglang ... | tokenspeed ...
 
 Node 0 waits for the other nodes at the meeting's address, says in its log what the engine says, and answers requests.
+Asked for /hang, it stops where it is.
 ENGINE_TEST in the environment: "die-loading" lets the last node's part die while it loads, "die-serving" once asked for
 /die, "silent" answers with empty text, "own-ranks" ends if it sees the variables of a rank.
 """
@@ -157,6 +158,8 @@ class Api(BaseHTTPRequestHandler):
             self._send(200, text, "text/plain")
         elif self.path == "/v1/models" and not self._refused():
             self._send(200, {"object": "list", "data": [{"id": self.args.served_model_name, "object": "model"}]})
+        elif self.path == "/hang":
+            os.kill(os.getpid(), signal.SIGSTOP)
         elif self.path == "/die":
             print("Fatal Python error: Segmentation fault", flush=True)
             os._exit(139)

@@ -20,8 +20,9 @@ from typing import Any, cast
 
 import pytest
 
-from jobs import engine_http, external
+from jobs import engine_health, engine_http, external
 from jobs.board import Board
+from jobs.engine_process import EngineProcess
 from jobs.events import EventLog
 from jobs.phases import Phases
 from jobs.rank import Rank
@@ -307,6 +308,72 @@ def test_an_engine_that_dies_ends_the_service_and_leaves_nothing_running(checkpo
     assert any(event["event"] == "failed" for event in events(tmp_path, 1))
     with pytest.raises(OSError, match=r"."):
         urllib.request.urlopen(f"http://127.0.0.1:{where['port']}/readiness", timeout=2)
+
+
+def test_an_engine_that_hangs_after_it_was_ready_is_started_again_then_fails(checkpoint: Path, tmp_path: Path) -> None:
+    def hang(port: int) -> None:
+        with pytest.raises(OSError, match=r"."):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/hang", timeout=0.2)
+
+    config = write_config(tmp_path, "vllm", checkpoint, health_s=1, restarts=1, drain_s=0)
+    with submitted(config) as process:
+        hang(endpoint(tmp_path, process)["port"])
+        deadline = time.monotonic() + 60
+        while endpoint(tmp_path, process)["attempt"] == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        hang(endpoint(tmp_path, process)["port"])
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 1
+    assert "the service broke: starting it again (1 restarts left)" in out + err
+    failed = [event for event in events(tmp_path, 0) if event["event"] == "failed"]
+    assert [event["attempt"] for event in failed] == [0, 1]
+    for event in failed:
+        assert event["error"]["type"] == "EngineHungError"
+        assert re.search(
+            r"vllm on .* was ready and does not answer any more: \d+ times in a row no 200 from "
+            r"http://127.0.0.1:\d+/health, for \d+ s \(engine.health_s 1\)",
+            event["error"]["text"],
+        )
+
+
+def test_the_health_of_an_engine_that_answers_again_is_good_and_one_failure_is_no_verdict(
+    service: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    well = threading.Event()
+
+    def answers(*_: object, **__: object) -> bool:
+        asked.append(well.is_set())
+        return well.is_set()
+
+    monkeypatch.setattr(engine_health, "answers", answers)
+    health = engine_health.Health("vllm on node-0", service, "secret", 0.3)
+    health.raise_if_hung()
+    deadline = time.monotonic() + 10
+    while len(asked) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(engine_health.EngineHungError, match=r"vllm on node-0 was ready.*engine.health_s 0.3"):
+        health.raise_if_hung()
+    well.set()
+    while not asked[-1]:
+        time.sleep(0.05)
+    time.sleep(0.05)
+    health.raise_if_hung()
+    health.end()
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(9, "SIGKILL"), (35, "SIGRTMIN+1"), (40, "SIGRTMIN+6"), (64, "SIGRTMAX")],
+)
+def test_an_engine_that_a_signal_ended_is_told_with_its_name(number: int, name: str) -> None:
+    process = EngineProcess(["sh", "-c", f"kill -{number} $$; sleep 5"], os.environ, lambda _: None)
+    deadline = time.monotonic() + 10
+    while process.exit_code is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert str(process.died("vllm")) == f"vllm ended by itself: signal {name}"
 
 
 def test_a_program_that_is_not_there_is_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -140,6 +140,15 @@ def test_requests_are_sent_at_their_times_and_failures_are_told(slow: str) -> No
     assert (_Slow.asked[0]["max_tokens"], _Slow.asked[0]["ignore_eos"]) == (3, True)
 
 
+def test_a_service_is_asked_directly_whatever_proxy_the_site_has(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    samples, _ = asyncio.run(drive(Target(slow, "m", "k"), LOAD, lambda _: None))
+    assert any(not sample.error for sample in samples)
+
+
 def test_a_service_that_is_not_there_fails_every_request() -> None:
     samples, _ = asyncio.run(drive(Target("http://127.0.0.1:9", "m"), LOAD, lambda _: None))
     assert all(s.error.startswith("ConnectError") for s in samples)

@@ -185,6 +185,27 @@ def test_a_huge_log_takes_little_memory_whether_it_has_lines_or_not(tmp_path: Pa
     assert peak < 12_000_000, "of 60 MB and more"
 
 
+def test_of_a_long_line_is_shown_what_says_it_and_no_rest_of_a_secret(tmp_path: Path) -> None:
+    secret = "MY_API_KEY=" + "s3cr3t" * 30
+    path = log(tmp_path, "x" * 5000 + f" {secret} torch.OutOfMemoryError: HIP out of memory " + "y" * 5000)
+    with path.open("a") as file:
+        file.write("srun: error: nid1: task 0: Terminated\n")
+    answer = diagnose_log(path)
+    assert answer.diagnosis is not None
+    assert "HIP out of memory" in answer.diagnosis.line
+    assert len(answer.diagnosis.line) <= 400
+    assert "s3cr3t" not in answer.diagnosis.line
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_log_in_utf_16_is_read_as_that(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "rank.log"
+    path.write_bytes(("\ufeffstarting\ntorch.OutOfMemoryError: HIP out of memory\n" * 3).encode(encoding))
+    answer = diagnose_log(path)
+    assert answer.diagnosis is not None
+    assert (answer.diagnosis.rule, answer.diagnosis.evidence.number) == ("memory of a rank", 2)
+
+
 def test_a_log_that_cannot_be_read_is_an_input_error(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launcher", "diagnose", str(tmp_path / "nonesuch")]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | importable(), capture_output=True, text=True)

@@ -81,6 +81,26 @@ def test_pro_on_two_nodes_is_tight_as_a_probe_and_too_large_as_a_whole_and_comfo
     assert [planned(f"v4flash-{n}node").model.state for n in (1, 2)] == ["fits", "fits"]
 
 
+@pytest.mark.parametrize(("engine", "slices"), [("vllm", True), ("tokenspeed", False)])
+def test_an_engine_that_is_a_program_holds_the_whole_model_and_is_advised_what_it_can_do(
+    engine: str, slices: bool
+) -> None:
+    four = planned(f"serve-v4pro-{engine}")
+    assert (four.job.state, four.job.needed) == ("fits", four.model.needed)
+    spread = ["topology.ep=1", "topology.expert_tp=8"] if slices else ["topology.ep=8"]
+    two = planned(f"serve-v4pro-{engine}", "topology.nodes=2", "topology.tp=8", *spread)
+    assert two.job.state == "does not fit"
+    more = "expert_tp=16" if slices else "ep=16"
+    assert f"4 nodes (topology.nodes=4, tp=16, {more})" in two.job.advice
+
+
+def test_a_service_of_a_long_context_is_told_that_a_shorter_one_would_fit() -> None:
+    plan = planned("serve-v4flash-1node", "memory.context=1048576", "memory.batch=16")
+    assert plan.job.state == "does not fit"
+    (shorter,) = [text for text in plan.job.advice if text.startswith("memory.context=")]
+    assert planned("serve-v4flash-1node", shorter, "memory.batch=16").job.state == "fits"
+
+
 def test_what_is_advised_fits() -> None:
     advised = [
         ("repro-1node-ep4", ["topology.nodes=4", "topology.tp=16", "topology.ep=16"]),

@@ -157,9 +157,10 @@ def test_a_rank_for_which_others_waited_in_vain_hangs_and_has_left_its_stack() -
 
 def test_a_hanging_rank_that_could_not_even_be_told_to_stop_is_known_at_the_end() -> None:
     events = [started(0), started(1), begun(5, 1, "weights"), failed(65, 0, TIMED_OUT)]
-    failure = judge([*events, noted(70, "ended")], 2).failure
-    assert failure is not None
-    assert (failure.rank, failure.error_type) == (1, "Hung")
+    for seen in ([*events, noted(70, "ended")], events):  # on this machine alone there is no batch script's end
+        failure = judge(seen, 2).failure
+        assert failure is not None
+        assert (failure.rank, failure.error_type) == (1, "Hung")
 
 
 def test_of_ranks_that_said_nothing_the_one_that_a_collective_misses_hangs() -> None:

@@ -10,6 +10,7 @@ from jobs.request import ProbeRequest
 from jobs.serving import Endpoint, ServeRequest
 from launcher.commands import service_broke
 from launcher.config import load
+from launcher.engines.known import limits_of
 from launcher.errors import InputError
 from launcher.plan import Plan, make_plan, problems_on_site
 from launcher.render import sbatch_script
@@ -82,6 +83,24 @@ def test_a_key_that_the_submitting_shell_lacks_is_said_before_the_queue(monkeypa
     assert problems_on_site(plan) == []
     monkeypatch.delenv("KEY")
     assert problems_on_site(plan) == ["engine.api_key.env: KEY is not set here; export it in the shell that submits"]
+
+
+def test_a_file_of_a_key_that_is_not_there_is_said_before_the_queue(tmp_path: Path) -> None:
+    def problems(file: str) -> list[str]:
+        return problems_on_site(make_plan(load(TINY, [f"engine.api_key.file={file}"], {}), "id"))
+
+    assert problems(f"{tmp_path}/key") == [f"engine.api_key.file: no file {tmp_path}/key"]
+    assert problems("/a/folder/of/the/nodes/key") == []
+    assert problems("$NOWHERE/key")[0].startswith("engine.api_key.file: $NOWHERE/key: NOWHERE is not set here")
+    (tmp_path / "key").write_text("abc")
+    assert problems(f"{tmp_path}/key") == []
+
+
+@pytest.mark.parametrize(("changes", "said"), [([], False), (["engine.host=0.0.0.0"], True)])
+def test_a_service_that_is_open_to_all_is_said_to_be(changes: list[str], said: bool) -> None:
+    known = limits_of(load(TINY, changes, {}))
+    assert any("engine.host: 0.0.0.0 without engine.api_key" in limit.text for limit in known) == said
+    assert limits_of(load(TINY, [*changes, "engine.api_key.env=K"], {})) == []
 
 
 @pytest.mark.parametrize(

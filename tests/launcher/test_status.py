@@ -15,7 +15,7 @@ from launcher import show, slurm
 from launcher.errors import InputError
 from launcher.events import read_events
 from launcher.plan import Plan
-from launcher.runs import all_runs, find_run, record_submission
+from launcher.runs import all_runs, find_run, last_submission, record_submission
 from launcher.slurm import Answer, JobState
 from launcher.status import RunStatus, progress, statuses
 from tests.launcher.plans import fixed_plan
@@ -223,6 +223,22 @@ def test_one_damaged_folder_does_not_hide_the_other_runs(tmp_path: Path, cluster
     found, _ = statuses([good.run_dir, bad.run_dir])
     assert [s.state for s in found] == ["completed", "unknown"]
     assert "submissions.json" in found[1].reason
+
+
+@pytest.mark.parametrize("record", ["{", "[5]", '{"attempt": 0}', '[{"attempt": 0}]'])
+def test_a_damaged_record_of_submissions_is_called_that(record: str, tmp_path: Path) -> None:
+    run_dir = saved(tmp_path, "v4flash-1node").run_dir
+    (run_dir / "submissions.json").write_text(record)
+    with pytest.raises(InputError, match=r"submissions\.json: damaged: not a list of submissions"):
+        last_submission(run_dir)
+
+
+def test_what_is_no_file_among_the_events_is_passed_over(tmp_path: Path) -> None:
+    plan = saved(tmp_path, "v4flash-1node")
+    EventLog(plan.run_dir, 0).write("started", pid=1)
+    (plan.run_dir / "events" / "rank-00001.jsonl").symlink_to("/dev/zero")
+    os.mkfifo(plan.run_dir / "events" / "rank-00002.jsonl")
+    assert [event.rank for event in read_events(plan.run_dir)] == [0]
 
 
 def test_a_node_failure_is_not_kept_since_the_job_may_be_requeued(plan: Plan, cluster: Slurm) -> None:

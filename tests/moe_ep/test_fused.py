@@ -164,8 +164,8 @@ def test_ranges_of_columns_are_those_of_the_whole_bit_by_bit(
     batch = make_tokens(tokens, hidden, 8, 3, device)
     packed = (batch.x, experts.w13, experts.w13_scale, experts.w2, experts.w2_scale, batch.ids, batch.weights)
     expert_map = torch.tensor([0, 1, 2, 3, -1, -1, -1, -1], dtype=torch.int32, device=device)
-    options = {"b13": experts.b13, "b2": experts.b2, "expert_map": expert_map, "activation_dtype": activations}
-    options |= {"impl": impl_of(way), "out_dtype": torch.float32}
+    options: dict[str, Any] = {"b13": experts.b13, "b2": experts.b2, "expert_map": expert_map}
+    options |= {"activation_dtype": activations, "impl": impl_of(way), "out_dtype": torch.float32}
     whole = call(way, fused_moe_mxfp4, *packed, **options)
     for parts in (1, 2, 4):
         ranges = call(way, by_columns, *packed, **options, parts=parts, spare=24)

@@ -83,3 +83,42 @@ def test_a_service_that_is_cancelled_finishes_its_answers(
     wait_for(lambda: progress(lab, tmp_path).startswith("ready"), 180)
     assert lab.launcher("cancel", NAME, cwd=tmp_path).returncode == 0
     wait_for(lambda: status(lab, tmp_path)[0]["state"] == "completed")
+
+
+ASKING = """
+import json, sys, urllib.error, urllib.request
+url, key, body = sys.argv[1:]
+asked = urllib.request.Request(url, body.encode(), {"Authorization": "Bearer " + key})
+while True:
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            print(json.loads(answer.read())["usage"]["completion_tokens"], flush=True)
+    except urllib.error.HTTPError as error:
+        sys.exit(f"{error.code} {json.loads(error.read())['error']['message']}")
+    except OSError as error:
+        sys.exit(f"gone: {error}")
+"""
+
+
+@pytest.mark.nightly  # Slurm's own time limit takes minutes
+def test_a_service_is_drained_before_slurm_ends_its_time(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_EP_API_KEY", KEY)
+    limits = ("--set=limits.time_min=3", "--set=limits.signal_s=60", "--set=engine.drain_s=20")
+    assert lab.launcher("submit", str(CONFIG), *limits, cwd=tmp_path).returncode == 0
+    wait_for(lambda: progress(lab, tmp_path).startswith("ready"), 180)
+    url = lab.launcher("url", NAME, cwd=tmp_path).stdout.strip()
+    body = json.dumps({"model": "tiny-chat", "prompt": "Once", "max_tokens": 20, "ignore_eos": True})
+    asking = lab.run(sys.executable, "-c", ASKING, f"{url}/v1/completions", KEY, body, cwd=tmp_path)
+    answers = asking.stdout.split()
+    assert len(answers) > 1
+    assert set(answers) == {"20"}, "what had begun was finished"
+    assert asking.stderr.startswith(("503 ", "gone: ")), asking.stderr
+    wait_for(lambda: status(lab, tmp_path)[0]["state"] not in ("running", "pending"))
+    (found,) = status(lab, tmp_path)
+    assert found["state"] == "completed", found
+    assert lab.ask("sacct", "-n", "-X", "-j", found["job_id"], "-o", "State").split() == ["COMPLETED"]
+    events = (run_of(tmp_path, NAME) / "events" / "rank-00000.jsonl").read_text().splitlines()
+    begun = [e["stage"] for e in map(json.loads, events) if e["event"] == "begin"]
+    assert begun[-2:] == ["draining", "done"]
