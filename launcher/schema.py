@@ -113,7 +113,8 @@ class Synthetic(_Section):
 
     @model_validator(mode="after")
     def _skew_is_of_devices(self) -> Self:
-        if self.folder is not None and "skew" in self.model_fields_set:
+        # A saved config has the default too.
+        if self.folder is not None and self.skew != type(self).model_fields["skew"].default:
             raise ValueError("skew is for weights that ranks make on their devices; leave out folder, or skew")
         return self
 

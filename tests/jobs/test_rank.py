@@ -238,7 +238,7 @@ def test_a_rank_plans_for_itself_what_the_launcher_planned_for_it(
 ) -> None:
     monkeypatch.setattr(stages, "free_memory", lambda device: 10**15)
     plan = fixed_plan("v4pro-2node", changes)
-    request, place = plan.request(), replace(PLACE, world=8, group_size=8)
+    request, place = plan.request(), replace(PLACE, world=8, group_size=8, device=torch.device("cuda"))
     items = {item.name: item.job for item in plan_memory(plan.config).ranks[1].items}
     work = stages.planned_work(request, place, "triton_kernel")
     assert stages.check_fits(request, place, "triton_kernel")["routed experts"] == items["routed experts"]
