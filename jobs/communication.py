@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _EARLY = 0.9  # of the time limit of a collective: who is missing is told before the library ends the process
 
+_ROUNDS = 12  # at least, of every strategy
+
 _KEPT = 4096  # answers of the cost model, by number of tokens
 
 
@@ -116,7 +118,7 @@ class Communication:
     def line(self, layers: Mapping[int, MoELayer], batch: int) -> dict[str, Any]:
         """Every strategy's dispatch and combine of `batch` tokens of the group, of the slowest rank, beside the model.
 
-        They are measured twice, in turn. After the first time `auto` takes the fastest at this number of tokens.
+        They are measured twice, in turn. After the first time `auto` goes by what was measured at these tokens.
         by_model: what it would have taken without; over_model: how far that is above the fastest. chosen, over_best:
         what it takes from now on, by the second time, of which the lines are.
         """
@@ -154,11 +156,12 @@ class Communication:
         )
 
     def _timed(self, trials: Sequence["_Trial"]) -> list["_Trial"]:
-        """The medians of rounds, each of which does everything once."""
+        """The lower quartiles of rounds, each of which does everything once: others only ever add to a time."""
         works = [work for trial in trials for work in (trial.dispatch, trial.combine)]
-        rounds = [[timed(work, self.where.device)[0] for work in works] for _ in range(self.request.repeats)]
+        repeats = max(_ROUNDS, self.request.repeats)
+        rounds = [[timed(work, self.where.device)[0] for work in works] for _ in range(repeats)]
         ordered = [of_the_slowest_rank(list(times), self.where) for times in zip(*rounds, strict=True)]
-        us = [times[len(times) // 2] * 1e6 for times in ordered]
+        us = [times[len(times) // 4] * 1e6 for times in ordered]
         pairs = zip(trials, us[::2], us[1::2], strict=True)
         return [replace(trial, dispatch_us=dispatch, combine_us=combine) for trial, dispatch, combine in pairs]
 
