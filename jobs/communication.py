@@ -46,6 +46,8 @@ EARLY = 0.9
 _ROW = 8  # calls in a CUDA graph, so that its own launch counts for little
 _PASS = 8  # layers that a strategy's layer time is taken over: more weights than a cache holds
 
+_ROUNDS = 12  # at least, of every strategy
+
 _KEPT = 4096  # answers of the cost model, by number of tokens
 
 
@@ -123,7 +125,7 @@ class Communication:
         """Every strategy's dispatch and combine of `batch` tokens of the group, of the slowest rank, beside the model,
         and a layer with it. Where a strategy can be captured, of passes replayed from a CUDA graph (`jobs.graphs`).
 
-        They are measured twice, in turn. After the first time `auto` takes the fastest at this number of tokens.
+        They are measured twice, in turn. After the first time `auto` goes by what was measured at these tokens.
         by_model: what it would have taken without; over_model: how far that is above the fastest. chosen, over_best:
         what it takes from now on, by the second time, of which the lines are.
         """
@@ -168,10 +170,11 @@ class Communication:
         return _Trial(name, there, self._call(lambda: combine(summands, routed), capturable), sent)
 
     def _timed(self, trials: Sequence["_Trial"]) -> list["_Trial"]:
-        """The medians of rounds, each of which does everything once."""
+        """The lower quartiles of rounds, each of which does everything once: others only ever add to a time."""
         calls = [call for trial in trials for call in (trial.dispatch, trial.combine)]
-        rounds = [[self._seconds(call) if call else 0.0 for call in calls] for _ in range(self.request.repeats)]
-        us = [self._median_us(times) for times in zip(*rounds, strict=True)]
+        repeats = max(_ROUNDS, self.request.repeats)
+        rounds = [[self._seconds(call) if call else 0.0 for call in calls] for _ in range(repeats)]
+        us = [self._slowest_us(times, 1 / 4) for times in zip(*rounds, strict=True)]
         pairs = zip(trials, us[::2], us[1::2], strict=True)
         return [replace(trial, dispatch_us=dispatch, combine_us=combine) for trial, dispatch, combine in pairs]
 
@@ -210,7 +213,7 @@ class Communication:
                 layer.combine = combine
             call = self._call(one_pass, combine.capturable and 0 < batch <= MOST_TOKENS, 1)
             times = [self._seconds(call) for _ in range(self.request.repeats)]
-            return self._median_us(times) / len(layers)
+            return self._slowest_us(times, 1 / 2) / len(layers)
         finally:
             for layer in layers:
                 layer.combine = usual
@@ -229,10 +232,10 @@ class Communication:
     def _seconds(self, call: "_Call") -> float:
         return timed(call.run, self.where)[0] / call.times
 
-    def _median_us(self, seconds: Sequence[float]) -> float:
-        """Of the slowest rank each time."""
+    def _slowest_us(self, seconds: Sequence[float], share: float) -> float:
+        """The slowest rank's times in order, as far on as this share of them."""
         ordered = of_the_slowest_rank(list(seconds), self.where)
-        return ordered[len(ordered) // 2] * 1e6
+        return ordered[int(len(ordered) * share)] * 1e6
 
     def _sent(self) -> int:
         return sum(group.sent for group in {id(group): group for group in self.groups.all}.values())

@@ -96,6 +96,7 @@ def assumptions(config: Config) -> list[str]:
         f"{network.fabric.step_us:g} µs between; a rank sends {network.node.bytes_per_s / 1e9:g} GB/s within and "
         f"{network.fabric.bytes_per_s / 1e9:g} GB/s between nodes, all ranks at once, and nothing contends above",
         f"device: {MI300A.bytes_per_s / 1e12:g} TB/s of weights, {MI300A.flop_per_s / 1e12:g} TFLOP/s, floors",
+        f"rows packed and cast at {network.copy_bytes_per_s / 1e12:g} TB/s, {network.pass_us:g} µs a pass",
         "every expert equally likely, every rank with as many tokens; router and attention are not in it",
         "all_reduce: a tree's steps; gathers and reduce-scatters: a ring's; the shared expert lies under the combine",
     ]

@@ -277,8 +277,8 @@ class Comm(_Section):
     """How the ranks' partials become the result: docs/communication.md.
 
     strategy: auto takes the one that the cost model expects to be fastest for the number of tokens. payload: of hidden
-    states on their way to experts. sums: in which partials are added up over ranks. chunked: whether prefills are cut,
-    so that a chunk is combined while the next is computed.
+    states on their way to experts. sums: in which partials are added up over ranks. chunked: whether the second GEMM is
+    cut where that pays, so that a range of columns is combined while the next is computed.
     """
 
     strategy: Literal["auto", "all_reduce", "reduce_scatter", "all_gather", "all_to_all"] = "auto"

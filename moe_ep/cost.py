@@ -21,7 +21,7 @@ OWN_TOKENS: tuple[Name, ...] = ("all_gather", "all_to_all")
 _ROUTE_BYTES = 8
 _REACHED = 0.7
 _GATHERS = 0.8  # of an all-reduce's rate that gathers and reduce-scatters reached within a node (NCCL 2.28, two H200)
-_NEAR = 0.1  # by which another strategy must be expected faster than the plain one: the model misses by as much
+_NEAR = 0.1  # by which another must be faster than the plain strategy: model and measurement miss by as much
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def choose(
 
     all_reduce and all_gather stay unless the other is expected to be faster by 10 %; an all-to-all, which cannot be
     captured in a CUDA graph, is left out while `capturing`. With times that were `measured`, predictions are multiplied
-    by what they missed at the nearest number of tokens, so that there the fastest is taken.
+    by what they missed at the nearest number of tokens, so that what is taken there was within 10 % of the fastest.
     """
     names = OWN_TOKENS if own_tokens else SAME_TOKENS
 
@@ -270,13 +270,13 @@ def choose(
         return dispatch_us(*of_model) + combine_us(*of_model)
 
     us = {name: predicted(name, tokens) for name in names}
-    near, known = _NEAR, ""
+    known = ""
     if measured:
         at = min(measured, key=lambda t: abs(log2(max(t, 1) / max(tokens, 1))))
         us = {name: us[name] * measured[at][name] / predicted(name, at) if us[name] else 0.0 for name in names}
-        near, known = 0.0, f"; as measured at {at} tokens"
+        known = f"; as measured at {at} tokens"
     open_to = [name for name in names if not (capturing and name == "all_to_all")]
-    best = min(open_to, key=lambda name: us[name] * (1 + near * (name != names[0])))
+    best = min(open_to, key=lambda name: us[name] * (1 + _NEAR * (name != names[0])))
     sent = {name: traffic(name, layout, shape, tokens, wire) for name in names}
     said = ", ".join(f"{name} {us[name]:.0f} µs ({sent[name].total / 1e6:.2f} MB sent a rank)" for name in names)
     whose = "of its own" if own_tokens else "that all ranks have"

@@ -50,7 +50,7 @@ class RowFormat:
     def pack(self, x: Tensor, topk: TopKOutput) -> Tensor:
         """uint8 [M, row_bytes] of x bf16 [M, H], ids int [M, k] and weights [M, k]."""
         rows = torch.empty(x.shape[0], self.row_bytes // 4, dtype=torch.int32, device=x.device)
-        if x.is_cuda:
+        if x.is_cuda and x.dtype == torch.bfloat16:
             from moe_ep import passes  # Triton is imported only where there is a GPU
 
             given = (x.contiguous(), topk.topk_ids.contiguous(), topk.topk_weights.float().contiguous())

@@ -116,7 +116,7 @@ def test_what_was_measured_corrects_the_model() -> None:
     layout = Layout(8, 4)
     measured: dict[int, dict[Name, float]] = {
         64: {"all_gather": 900.0, "all_to_all": 300.0},
-        4096: {"all_gather": 1000.0, "all_to_all": 1010.0},
+        4096: {"all_gather": 1000.0, "all_to_all": 950.0},
     }
 
     def taken(tokens: int, *, capturing: bool = False) -> Choice:
@@ -128,7 +128,7 @@ def test_what_was_measured_corrects_the_model() -> None:
     assert at_64.us == pytest.approx(measured[64]), "there it is what was measured"
     assert "; as measured at 64 tokens" in at_64.why
     assert taken(64, capturing=True).name == "all_gather"
-    assert taken(4096).name == "all_gather", "by one per cent, too"
+    assert taken(4096).name == "all_gather", "five per cent may be chance"
     assert taken(300).why.endswith("as measured at 64 tokens")
     assert taken(600).why.endswith("as measured at 4096 tokens")
     alone = choose(False, Layout(1, 1), PRO, 8, WIRE, SLINGSHOT, measured={8: {"all_reduce": 1, "reduce_scatter": 1}})

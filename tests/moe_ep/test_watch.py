@@ -1,13 +1,20 @@
 """Ranks that a collective waits for are named, with the collective's place, and never waited for in silence."""
 
+import os
+import re
+import signal
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from moe_ep.comm import Group
 from moe_ep.comm.watch import Watch
+from tests.moe_ep.test_layer import on_ranks
 
 RANKS = (4, 5, 6)
 
@@ -86,10 +93,44 @@ def test_a_rank_that_entered_and_then_stood_still_is_no_ones_absence(ranks: Rank
     assert "all 3 ranks have entered it" in ranks.wait_for_words_of(4)
 
 
+def freezes_within_a_collective(rank: int, world: int) -> None:
+    """Rank 2 enters first, tells so, and is frozen; the others enter, and rank 0 thaws it when all is said."""
+    store = dist.distributed_c10d._get_default_store()
+    said: list[str] = []
+    ranks = tuple(range(world))
+    watch = Watch(store, "whole", rank, ranks, 2.0, said.append)
+    group = Group(dist.new_group(list(ranks), timeout=timedelta(seconds=20)), watch)
+    if rank == 2:
+        store.set("pid", str(os.getpid()))
+        pending = group.all_reduce(torch.ones(4), "layer 7 combine")
+        time.sleep(0.6)  # until it has been told
+        store.set("frozen", "")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        store.wait(["frozen"])
+        time.sleep(0.1)
+        pending = group.all_reduce(torch.ones(4), "layer 7 combine")
+        deadline = time.monotonic() + 10
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.02)
+        store.set(f"said/{rank}", "")
+        if rank == 0:
+            store.wait(["said/1"])
+            os.kill(int(store.get("pid")), signal.SIGCONT)
+        text = r"layer 7 combine: all_reduce \(number 1\) waits for \d+ s; all 3 ranks have entered it: "
+        assert re.fullmatch(text + r"rank 2 has given no sign of life for \d+ s", said[0])
+    assert pending.wait().tolist() == [3.0] * 4
+    watch.close()
+
+
+def test_a_rank_that_is_frozen_within_a_collective_is_named(tmp_path: Path) -> None:
+    on_ranks(3, tmp_path / "store", freezes_within_a_collective)
+
+
 def test_a_store_that_is_gone_ends_no_watch() -> None:
     class Gone:
         def set(self, key: str, value: str) -> None:
-            if '[0, "none"]' not in value:
+            if not value.startswith('[0, "none"'):
                 raise dist.DistNetworkError("Broken pipe")
 
         def check(self, keys: list[str]) -> bool:
