@@ -107,6 +107,9 @@ class Cluster(_Section):
         return env
 
 
+_SKEW = 0.1  # what written checkpoints have
+
+
 class Synthetic(_Section):
     """Made weights, of run.seed. folder: where the job writes a checkpoint of them if there is none. Without it every
     rank of a probe makes what it holds on its own device, at once and of any size; skew is then the standard deviation
@@ -114,11 +117,11 @@ class Synthetic(_Section):
     """
 
     folder: Text | None = None
-    skew: float = Field(default=0.1, ge=0, le=10)
+    skew: float = Field(default=_SKEW, ge=0, le=10)
 
     @model_validator(mode="after")
     def _skew_is_of_devices(self) -> Self:
-        if self.folder is not None and "skew" in self.model_fields_set:
+        if self.folder is not None and self.skew != _SKEW:  # what a plan keeps has the default too
             raise ValueError("skew is for weights that ranks make on their devices; leave out folder, or skew")
         return self
 
