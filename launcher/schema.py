@@ -172,6 +172,11 @@ class Model(_Section):
         return self
 
     @property
+    def made_skew(self) -> float | None:
+        """The skew of weights that ranks make on their devices; None where there is a checkpoint, or will be one."""
+        return self.synthetic.skew if self.synthetic is not None and self.synthetic.folder is None else None
+
+    @property
     def sizes(self) -> ModelShape:
         """The sizes as the library takes them."""
         return ModelShape(**self.shape.model_dump())
