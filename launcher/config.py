@@ -174,10 +174,9 @@ def _contradictions(config: Config, sources: Sources) -> list[str]:
 
 def _made_problems(config: Config, sources: Sources) -> list[str]:
     """What weights that are nowhere on disk do not go with."""
-    synthetic, where = config.model.synthetic, sources.where
-    if synthetic is None or synthetic.folder is not None:
+    if config.model.made_skew is None:
         return []
-    out: list[str] = []
+    where, out = sources.where, list[str]()
     if config.job.kind == "preshard" or (config.job.kind == "serve" and program_of(config) is None):
         out.append(
             f"{where('model.synthetic.folder')}: missing: a {config.job.kind} job reads a checkpoint, and weights that "

@@ -195,8 +195,8 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
     if serves and attention:
         sizes = (min(tokens, memory.context), memory.context, dense_tp, value)
         parts["largest pass"] = step_bytes(shape, attention, *sizes, work["largest pass"])
-    made = config.model.synthetic is not None and config.model.synthetic.folder is None
-    buffers = buffer_bytes(job.reading.threads) if not made and (cluster.arch != "cpu" or job.reading.direct) else 0
+    reads = config.model.made_skew is None
+    buffers = buffer_bytes(job.reading.threads) if reads and (cluster.arch != "cpu" or job.reading.direct) else 0
     share = f"{len(place.experts)} of {shape.experts} a layer"
     share += f", 1/{topology.expert_tp} of each" if topology.expert_tp > 1 else ""
     shared = f"1/{topology.shared_tp} of each" if topology.shared_tp > 1 else "replicated"

@@ -76,8 +76,8 @@ class Plan:
             presharded=config.model.presharded,
             read_threads=config.job.reading.threads,
             read_direct=config.job.reading.direct,
-            synthesise=config.model.synthetic is not None and config.model.synthetic.folder is not None,
-            made_skew=_made_skew(config),
+            synthesise=config.model.synthetic is not None and config.model.made_skew is None,
+            made_skew=config.model.made_skew,
             shape=config.model.sizes,
             layers=tuple(layer_numbers(config)),
             parity_layers=tuple(parity_layers(config)),
@@ -303,11 +303,6 @@ def _checkpoint(config: Config) -> str:
     identity = json.dumps(what, sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return str(Path(model.synthetic.folder).absolute() / f"{model.name}-{digest}")
-
-
-def _made_skew(config: Config) -> float | None:
-    synthetic = config.model.synthetic
-    return synthetic.skew if synthetic is not None and synthetic.folder is None else None
 
 
 def _checkout() -> Path | None:

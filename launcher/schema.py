@@ -102,6 +102,9 @@ class Cluster(_Section):
     network: NetworkFigures | None = None
 
 
+_SKEW = 0.1  # what written checkpoints have
+
+
 class Synthetic(_Section):
     """Made weights, of run.seed. folder: where the job writes a checkpoint of them if there is none. Without it every
     rank of a probe makes what it holds on its own device, at once and of any size; skew is then the standard deviation
@@ -109,12 +112,11 @@ class Synthetic(_Section):
     """
 
     folder: Text | None = None
-    skew: float = Field(default=0.1, ge=0, le=10)
+    skew: float = Field(default=_SKEW, ge=0, le=10)
 
     @model_validator(mode="after")
     def _skew_is_of_devices(self) -> Self:
-        # A saved config has the default too.
-        if self.folder is not None and self.skew != type(self).model_fields["skew"].default:
+        if self.folder is not None and self.skew != _SKEW:  # what a plan keeps has the default too
             raise ValueError("skew is for weights that ranks make on their devices; leave out folder, or skew")
         return self
 
@@ -163,6 +165,11 @@ class Model(_Section):
     def _sizes_fit(self) -> Self:
         _ = self.sizes, self.attention_sizes  # dataclasses that check themselves
         return self
+
+    @property
+    def made_skew(self) -> float | None:
+        """The skew of weights that ranks make on their devices; None where there is a checkpoint, or will be one."""
+        return self.synthetic.skew if self.synthetic is not None and self.synthetic.folder is None else None
 
     @property
     def sizes(self) -> ModelShape:

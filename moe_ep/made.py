@@ -25,9 +25,6 @@ from moe_ep.reading import Progress
 from moe_ep.shape import ModelShape
 from moe_ep.tensors import expert_specs, gate_specs, shared_specs
 
-SKEW = 0.1
-"""Standard deviation of the selection bias, as `moe_ep.synthetic` writes it."""
-
 _E8M0_BIAS = 127
 _SPREAD = 1  # a block's scale is up to so many powers of two beside the middle one
 
@@ -40,7 +37,7 @@ class MadeWeights:
     is, the fewer experts get most of the tokens.
     """
 
-    def __init__(self, shape: ModelShape, seed: int, device: torch.device, skew: float = SKEW) -> None:
+    def __init__(self, shape: ModelShape, seed: int, device: torch.device, skew: float) -> None:
         self.shape = shape
         self._seed, self._device, self._skew = seed, device, skew
 
