@@ -236,7 +236,8 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_place(own: Run
     body = {"model": MODEL, "prompt": [7], "max_tokens": 40, "ignore_eos": True, "stream": True}
     own.parrot.free = 2
     with httpx.stream("POST", f"{own.url}/v1/completions", json=body, headers=own.headers) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: an iterator that is dropped closes the connection at once
+        next(lines)
         until(lambda: not own.parrot.go.is_set())
     until(lambda: not own.engine._cancelled.empty())
     own.parrot.go.set()
