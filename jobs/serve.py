@@ -124,7 +124,11 @@ def _load(
     planned["caches"] += kept_bytes(attention, request.shape.layers, limits.step_tokens, item)
     planned["a step"] = step_bytes(
         *(request.shape, attention, min(limits.step_tokens, limits.context), limits.context, heads.size, item),
-        experts=pass_bytes(request.shape, limits.step_tokens, expert_tp=request.expert_tp),
+        experts=pass_bytes(
+            *(request.shape, limits.step_tokens),
+            expert_tp=request.expert_tp,
+            kernels=request.impl != "reference",
+        ),
     )
     data["planned"] = planned
     free = environment.free_memory(where.device) // (request.ranks_per_node if where.device.type == "cpu" else 1)
