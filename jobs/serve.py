@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine import model as models
-from engine.api.server import Server, bind
+from engine.api.server import Server, allow_files, bind
 from engine.api.service import Limits, Service
 from engine.core import Engine, follow
 from engine.footprint import cache_bytes, kept_bytes, step_bytes, widened
@@ -57,6 +57,7 @@ def run(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog, ending: 
             if rank.rank == 0:  # what is wrong with key or port is known before anything is loaded
                 (folder / ENDPOINT).unlink(missing_ok=True)  # of an attempt that broke
                 service = Service(serve.model, _limits(serve), serve.api_key())
+                allow_files(serve.limits.connections)
                 server = Server(service, bind(serve.host, serve.port))
                 server.start()
                 closing.callback(server.stop)
