@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from engine import model as models
-from engine.api.server import Server, bind
+from engine.api.server import Server, allow_files, bind
 from engine.api.service import Limits, Service
 from engine.core import Engine, follow
 from engine.footprint import cache_bytes, kept_bytes, step_bytes, widened
@@ -67,6 +67,7 @@ def run(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog, ending: 
             if rank.rank == 0:  # what is wrong with key or port is known before anything is loaded
                 (folder / ENDPOINT).unlink(missing_ok=True)  # of an attempt that broke
                 service = Service(serve.model, _limits(serve), serve.api_key())
+                allow_files(serve.limits.connections)
                 server = Server(service, bind(serve.host, serve.port))
                 server.start()
                 closing.callback(server.stop)
@@ -137,7 +138,11 @@ def _load(
     planned["caches"] += kept_bytes(attention, request.shape.layers, limits.step_tokens, item)
     planned["a step"] = step_bytes(
         *(request.shape, attention, min(limits.step_tokens, limits.context), limits.context, heads.size, item),
-        experts=pass_bytes(request.shape, limits.step_tokens, expert_tp=request.expert_tp),
+        experts=pass_bytes(
+            *(request.shape, limits.step_tokens),
+            expert_tp=request.expert_tp,
+            kernels=request.impl != "reference",
+        ),
     )
     data["planned"] = planned
     free = environment.free_memory(where.device) // (request.ranks_per_node if where.device.type == "cpu" else 1)

@@ -13,7 +13,7 @@ from typing import Literal
 from launcher import refusals, slurm
 from launcher.engines.known import limits_of
 from launcher.errors import InputError
-from launcher.files import is_file
+from launcher.files import is_file, is_folder
 from launcher.fit import plan_memory
 from launcher.folders import problem_of_writing
 from launcher.plan import Plan, problems_on_site
@@ -70,15 +70,24 @@ def _engine(plan: Plan) -> Iterable[Check]:
 
 def _run_folder(plan: Plan) -> Iterable[Check]:
     folder = plan.run_dir
-    while not folder.exists():
+    while not (is_folder(folder) or is_file(folder)):
         folder = folder.parent
-    problem = problem_of_writing(folder)
+    problem = _problem_of_looking(plan.run_dir) or problem_of_writing(folder)
     free = shutil.disk_usage(folder).free
     text = f"{plan.config.run.folder}: {size(free)} free"
     if problem:
         yield Check("run.folder", "failed", f"{plan.config.run.folder}: {problem}")
     else:
         yield Check("run.folder", "ok" if free > _LITTLE else "warning", text)
+
+
+def _problem_of_looking(folder: Path) -> str | None:
+    """What keeps this user from looking at a folder; None also where there is none yet."""
+    try:
+        folder.exists()
+    except OSError as error:
+        return f"[Errno {error.errno}] {error.strerror}"
+    return None
 
 
 def _container(plan: Plan) -> Iterable[Check]:

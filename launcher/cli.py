@@ -1,6 +1,7 @@
 """The command line: what can be said to `launcher`. What it does then stands in `commands`."""
 
 import json
+import os
 import signal
 import sys
 from io import TextIOWrapper
@@ -297,3 +298,8 @@ def main() -> None:
     except (InputError, UnclearSubmissionError) as error:
         print(error, file=sys.stderr)
         sys.exit(WRONG_INPUT if isinstance(error, InputError) else FAILED)
+    except PermissionError as error:  # of whatever file a user has named
+        if error.filename is None:
+            raise
+        print(f"{os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+        sys.exit(WRONG_INPUT)

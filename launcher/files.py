@@ -13,6 +13,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Likewise of a folder."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write beside `path`, then rename over it. What UTF-8 lacks (half a surrogate, of an odd file name) is escaped."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")

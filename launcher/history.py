@@ -45,7 +45,11 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         """Raises `InputError` if the folder is something else."""
-        if folder.exists() and not folder.is_dir():
+        try:
+            other = folder.exists() and not folder.is_dir()
+        except OSError as error:
+            raise InputError(f"--history {folder}: {error.strerror}") from None
+        if other:
             raise InputError(f"--history {folder}: not a folder")
         self.folder = folder
 

@@ -21,7 +21,7 @@ from launcher.arranging import arranged_slots, slots_of
 from launcher.config import layer_numbers, parity_layers, unresolved
 from launcher.engines.known import node_commands, program_of
 from launcher.errors import InputError
-from launcher.files import is_file, write_atomically
+from launcher.files import is_file, is_folder, write_atomically
 from launcher.folders import check_own, make_private
 from launcher.schema import Config
 from launcher.topology import RankPlace, rank_places
@@ -279,7 +279,7 @@ def _key_problems(config: Config) -> list[str]:
         return [where] if missing else []
     file = Path(str(key.file))
     # A folder that is not here may still be on the nodes.
-    return [f"engine.api_key.file: no file {file}"] if file.parent.is_dir() and not is_file(file) else []
+    return [f"engine.api_key.file: no file {file}"] if is_folder(file.parent) and not is_file(file) else []
 
 
 def _preshard_problems(folder: str, kind: str) -> list[str]:

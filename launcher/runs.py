@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.errors import InputError
 from launcher.events import read_events
-from launcher.files import write_atomically
+from launcher.files import is_file, write_atomically
 from launcher.plan import PLAN
 from launcher.processes import Process
 
@@ -94,8 +94,13 @@ def find_run(text: str, folder: Path) -> Path:
         If there is none.
     """
     path = Path(text)
-    if (path / PLAN).is_file():
-        return path.absolute()
+    try:
+        if (path / PLAN).is_file():
+            return path.absolute()
+    except PermissionError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except OSError:  # a name that is too long for a file
+        pass
     found = [run for run in all_runs(folder) if text in (run.name, run.parent.name)]
     if not found:
         known = sorted({run.parent.name for run in all_runs(folder)})
@@ -108,7 +113,7 @@ def find_run(text: str, folder: Path) -> Path:
 
 def all_runs(folder: Path) -> list[Path]:
     """Every run below a folder of runs, oldest first."""
-    found = [Path(run).absolute() for name in _folders(folder) for run in _folders(name) if Path(run, PLAN).is_file()]
+    found = [Path(run).absolute() for name in _folders(folder) for run in _folders(name) if is_file(Path(run, PLAN))]
     return sorted(found, key=lambda run: run.name)
 
 

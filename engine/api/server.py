@@ -1,6 +1,7 @@
 """The service's own thread: a socket that is bound before anything is loaded, and uvicorn on it."""
 
 import contextlib
+import resource
 import socket
 import threading
 from functools import partial
@@ -10,6 +11,9 @@ import uvicorn
 from engine.api.app import make_app
 from engine.api.connection import Connection
 from engine.api.service import Service
+
+OWN_FILES = 512
+"""That a rank has open beside its clients: shards, logs, the other ranks, refused connections that linger."""
 
 _STARTED_WITHIN_S = 30.0
 _STOPPED_WITHIN_S = 5.0
@@ -35,6 +39,25 @@ def bind(host: str, port: int) -> socket.socket:
         found.close()
         raise OSError(f"engine.port: {host}:{port}: {error.strerror}; use another, or 0 for any free one") from None
     return found
+
+
+def allow_files(connections: int) -> None:
+    """Let this process have as many files open as connections need, beside its own.
+
+    Raises
+    ------
+    OSError
+        If that is more than it may have; names the key of the config.
+    """
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + OWN_FILES
+    if most != resource.RLIM_INFINITY and needed > most:
+        raise OSError(
+            f"engine.limits.connections: {connections} need {needed} open files, and a process may have {most} "
+            f"(ulimit -Hn); use {max(1, most - OWN_FILES)} or less"
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
 
 
 class Server:

@@ -3,6 +3,7 @@
 Nothing of the package is run. Prints an entry of flags.yaml, which takes its place when an engine's version changes.
 """
 
+import argparse
 import ast
 import re
 import sys
@@ -88,14 +89,17 @@ def read(package: Path) -> tuple[str, list[str]]:
             if re.search(rf"(^|/){pattern}$", name):
                 found.setdefault(engine, set()).update(flags_of(text))
     if len(found) != 1:
-        raise ValueError(f"{package}: the sources of {', '.join(found) or 'no engine'}; expected one of {[*SOURCES]}")
+        raise ValueError(f"the sources of {', '.join(found) or 'no engine'}; expected one of {[*SOURCES]}")
     ((engine, flags),) = found.items()
     return engine, sorted(flags)
 
 
 def main(package: Path) -> None:
     """Print an entry of flags.yaml."""
-    engine, flags = read(package)
+    try:
+        engine, flags = read(package)
+    except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
+        sys.exit(f"{package}: {error}")
     print(f"- engine: {engine}\n  release: {package.name}\n  read: {datetime.now(UTC):%Y-%m-%d}\n  flags: >-")
     print(
         textwrap.fill(" ".join(flags), 118, initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False)
@@ -103,4 +107,6 @@ def main(package: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("package", type=Path, help="a wheel, or the folder of an unpacked one or of a checkout")
+    main(parser.parse_args().package)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import resource
 import socket
 import threading
 import time
@@ -15,7 +16,7 @@ import httpx
 import pytest
 
 from engine.api.app import make_app
-from engine.api.server import Server, bind
+from engine.api.server import Server, allow_files, bind
 from engine.api.service import Limits, Service
 from engine.core import Engine
 from engine.group import Group
@@ -236,7 +237,8 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_frees_its_place(own: Run
     body = {"model": MODEL, "prompt": [7], "max_tokens": 40, "ignore_eos": True, "stream": True}
     own.parrot.free = 2
     with httpx.stream("POST", f"{own.url}/v1/completions", json=body, headers=own.headers) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # kept: an iterator that is dropped closes the connection at once
+        next(lines)
         until(lambda: not own.parrot.go.is_set())
     until(lambda: not own.engine._cancelled.empty())
     own.parrot.go.set()
@@ -479,6 +481,23 @@ def test_a_port_that_is_taken_is_named_before_anything_is_loaded() -> None:
     taken.close()
     with pytest.raises(OSError, match=r"engine\.host: no\.such\.host\.invalid: "):
         bind("no.such.host.invalid", 0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "connections", "then"),
+    [((1024, 4096), 512, None), ((1024, 4096), 1000, (1512, 4096)), ((1024, resource.RLIM_INFINITY), 5000, (5512, -1))],
+)
+def test_connections_may_be_as_many_as_files_may_be_open(
+    limits: tuple[int, int], connections: int, then: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, new: found.append(new))
+    allow_files(connections)
+    assert found == ([then] if then else [])
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    with pytest.raises(OSError, match=r"engine\.limits\.connections: 9000 need 9512 open files.* 4096 .*; use 3584 or"):
+        allow_files(9000)
 
 
 def test_an_exception_nobody_thought_of_is_an_error_without_its_text(folder: Path) -> None:

@@ -90,7 +90,7 @@ def test_what_is_wrong_with_a_node_is_said_of_it(plan: Plan, changes: dict[str, 
     assert any(text.startswith(message) for text in told), told
 
 
-@pytest.mark.parametrize(("sets", "state"), [((), "warning"), (("engine={name: sglang}",), "failed")])
+@pytest.mark.parametrize(("sets", "state"), [((), "warning"), (("engine.name=sglang", "engine.args={}"), "failed")])
 def test_what_is_known_of_an_engine_is_said(sets: tuple[str, ...], state: str) -> None:
     config = configuration.load(CONFIGS / "serve-v4pro-vllm.yaml", list(sets))
     plan = Plan(**{**vars(fixed_plan("serve-v4pro-vllm")), "config": config})

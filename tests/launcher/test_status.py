@@ -6,14 +6,17 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from jobs.events import EventLog
-from launcher import show, slurm
+from launcher import cli, show, slurm
+from launcher.checks import login_checks
 from launcher.errors import InputError
 from launcher.events import read_events
+from launcher.history import History
 from launcher.plan import Plan
 from launcher.runs import all_runs, find_run, last_submission, record_submission
 from launcher.slurm import Answer, JobState
@@ -333,3 +336,45 @@ def test_of_a_service_it_is_told_what_it_does(tmp_path: Path) -> None:
         assert progress(read_events(tmp_path), 2) == "serving"
         first.write("progress", done=7, total=10, running=2, waiting=1)
         assert progress(read_events(tmp_path), 2) == "serving: 2 running, 1 waiting, 7 answered"
+
+
+@pytest.fixture
+def denied(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder at which this user may not look; the superuser may look at any."""
+    looked_at = os.stat
+
+    def look(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(path).startswith("/secret/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return looked_at(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", look)
+    return "/secret/folder"
+
+
+def test_a_run_at_which_one_may_not_look_is_said_to_be_that(denied: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^/secret/folder: Permission denied$"):
+        find_run(denied, tmp_path)
+    with pytest.raises(InputError, match=r"^--history /secret/folder: Permission denied$"):
+        History(Path(denied))
+    with pytest.raises(InputError, match="no such run"):
+        find_run("x" * 5000, tmp_path)
+
+
+def test_doctor_says_what_it_may_not_look_at(denied: str) -> None:
+    plan = fixed_plan("tiny", [f"run.folder={denied}"])
+    (check,) = [check for check in login_checks(plan) if check.name == "run.folder"]
+    assert (check.state, check.text) == ("failed", f"{denied}: [Errno 13] Permission denied")
+
+
+def test_a_file_that_may_not_be_read_is_a_wrong_input_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def app() -> None:
+        raise PermissionError(13, "Permission denied", "/secret/file")
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code, capsys.readouterr().err) == (2, "/secret/file: Permission denied\n")
