@@ -25,7 +25,7 @@ from launcher.files import is_file, is_folder, write_atomically
 from launcher.folders import check_own, make_private
 from launcher.schema import Config
 from launcher.topology import RankPlace, rank_places
-from moe_ep.network import MI300A, SLINGSHOT
+from moe_ep.network import SLINGSHOT, device_of
 from moe_ep.shape import PRESHARD_MANIFEST
 from moe_ep.shape import SYNTHETIC_FORMAT as FORMAT
 
@@ -97,7 +97,7 @@ class Plan:
             comm=CommRequest(
                 **config.comm.model_dump(),
                 network=config.cluster.network.network if config.cluster.network else SLINGSHOT,
-                device=MI300A,
+                device=device_of(config.cluster.arch),
             ),
             slots=arranged_slots(config),
         )

@@ -13,7 +13,7 @@ from launcher.arranging import redundant_slots
 from launcher.errors import InputError
 from launcher.schema import Config
 from moe_ep.cost import OWN_TOKENS, SAME_TOKENS, Name, Wire, choose, predict, traffic
-from moe_ep.network import MI300A, SLINGSHOT, Layout, Network
+from moe_ep.network import SLINGSHOT, Layout, Network, device_of
 
 RANKS = tuple(4 * 2**i for i in range(10))
 TOKENS = (1, 64, 512, 4096)
@@ -70,7 +70,7 @@ def _lines(config: Config, count: int, per_node: int, ep: int, each: int) -> lis
     held = shape.layers * -(-(shape.experts + redundant_slots(config)) // ep) * shape.expert_bytes
     found = []
     for name in (*SAME_TOKENS, *OWN_TOKENS):
-        parts = predict(name, layout, shape, total, wire, network, MI300A)
+        parts = predict(name, layout, shape, total, wire, network, device_of(config.cluster.arch))
         sent = traffic(name, layout, shape, total, wire)
         found.append(
             ScaleLine(
@@ -89,13 +89,13 @@ def network_of(config: Config) -> Network:
 
 def assumptions(config: Config) -> list[str]:
     """What the predictions take for granted."""
-    network = network_of(config)
+    network, device = network_of(config), device_of(config.cluster.arch)
     return [
         f"network: {network.source}",
         f"a collective {network.call_us:g} µs and {network.node.step_us:g} µs a step within a node, "
         f"{network.fabric.step_us:g} µs between; a rank sends {network.node.bytes_per_s / 1e9:g} GB/s within and "
         f"{network.fabric.bytes_per_s / 1e9:g} GB/s between nodes, all ranks at once, and nothing contends above",
-        f"device: {MI300A.bytes_per_s / 1e12:g} TB/s of weights, {MI300A.flop_per_s / 1e12:g} TFLOP/s, floors",
+        f"device: {device.bytes_per_s / 1e12:g} TB/s of weights, {device.flop_per_s / 1e12:g} TFLOP/s, floors",
         f"rows packed and cast at {network.copy_bytes_per_s / 1e12:g} TB/s, {network.pass_us:g} µs a pass",
         "every expert equally likely, every rank with as many tokens; router and attention are not in it",
         "all_reduce: a tree's steps; gathers and reduce-scatters: a ring's; the shared expert lies under the combine",

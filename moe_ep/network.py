@@ -85,3 +85,11 @@ SLINGSHOT = Network(
 
 MI300A = Device(bytes_per_s=3.5e12, flop_per_s=4e14)
 """Rates that others have published; not measured here."""
+
+H100 = Device(bytes_per_s=2.95e12, flop_per_s=7.5e14)
+"""What an H100 reached: docs/kernels.md."""
+
+
+def device_of(arch: str) -> Device:
+    """Of an arch as cluster files name it; where nothing is known of it, the MI300A."""
+    return H100 if arch == "sm90" else MI300A
