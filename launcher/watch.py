@@ -3,8 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import submitit
@@ -101,8 +101,9 @@ class Shepherd:
             self._write("interrupted")
             raise
         finally:
-            self._end()
-            self._write("ended")
+            with put_off():  # an impatient second one must not leave ranks behind
+                self._end()
+                self._write("ended")
 
     def _note_event(self, event: Event) -> None:
         if event.event == "failed" or (event.stage == "done" and event.event == "end"):
@@ -123,8 +124,6 @@ class Shepherd:
 
     def _end(self) -> None:
         """Ask the ranks to end by submitit's controller, which hands the signal on; kill what is left after that."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a second one must not leave ranks behind
-            signal.signal(number, signal.SIG_IGN)
         self._processes |= rank_processes(self._controller, self._processes)
         if self._controller and self._controller.alive:
             os.kill(self._controller.pid, signal.SIGTERM)
@@ -140,6 +139,21 @@ class Shepherd:
 
     def _write(self, event: str, **data: int) -> None:
         write_note(self._run_dir, self._attempt, event, **data)
+
+
+@contextmanager
+def put_off() -> Iterator[None]:
+    """Signals that tell the launcher to stop are held back meanwhile. Raises `KeyboardInterrupt` in the end for them."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda which, _: came.append(which)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def rank_processes(controller: Process | None, known: dict[int, Process]) -> dict[int, Process]:

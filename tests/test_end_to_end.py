@@ -157,6 +157,7 @@ def test_ranks_with_tokens_of_their_own_and_experts_arranged_by_the_load_of_an_e
     assert all(abs(line["difference"]) <= 0.05 for line in report["memory"])
 
 
+@pytest.mark.nightly
 def test_two_ep_groups_of_two_ranks_work_on_tokens_of_their_own(tmp_path: Path) -> None:
     quick = "job.throughput={batch_sizes: [2], repeats: 2}"
     direct = "job.reading={direct: true, threads: 3}"
@@ -338,6 +339,7 @@ def test_an_interrupted_run_ends_its_ranks_and_keeps_what_was_done(tmp_path: Pat
     assert [line["batch_size"] for line in report["throughput"]] == [1]
 
 
+@pytest.mark.nightly
 def test_a_run_whose_processes_are_all_gone_is_reported_from_its_folder_as_failed(tmp_path: Path) -> None:
     with launched(tmp_path, "--set", LONG) as launcher:
         wait_for(tmp_path, 0, "throughput")
