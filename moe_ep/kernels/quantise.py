@@ -47,7 +47,7 @@ def quantise_rows(x, row, mask, k, out_ptr, scale_ptr, WIDTH: tl.constexpr, NATI
 
 @triton.jit(do_not_specialize=["rows"])
 def quantise_tokens(
-    x_ptr,  # bf16 [rows, WIDTH]
+    x_ptr,  # bf16 [rows, WIDTH]: of tokens, or of routes whose h has the routing weight in it
     out_ptr,  # out: e4m3fnuz [rows, K], K = WIDTH padded to whole groups with 0; else bf16 [rows, WIDTH] · 2^64
     scale_ptr,  # out if NATIVE: f32 [rows, K/128]
     rows,
