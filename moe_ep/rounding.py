@@ -9,10 +9,10 @@ from torch import Tensor
 from moe_ep.dispatch import RoutePlan
 from moe_ep.fp8_activations import groups
 from moe_ep.kernels.bound import BoundLaunch
-from moe_ep.kernels.quantise import quantise_routes, quantise_tokens
+from moe_ep.kernels.quantise import quantise_local, quantise_routes, quantise_tokens
 from moe_ep.order import padded
 
-_ROWS = 16  # a program
+_ROWS = 16  # tokens a program
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Rounder:
     """The launches that round an op's activations, for one shape of it.
 
     x [M, H] and h [routes, I] are what the GEMMs take. `native`: e4m3fnuz, K padded to whole groups, with scales f32
-    [rows, K/128]; else bf16, times 2^64, with the scales in them. `routes` is of a plan, or takes h row by row.
+    [rows, K/128]; else bf16, times 2^64, with the scales in them. `routes` are of a plan, or those that are local.
     """
 
     native: bool
@@ -40,9 +40,9 @@ class Rounder:
         blocks = (plan.block_expert, plan.block_start, plan.block_end)
         self.routes(h, weights, self.h, self.h_scale, plan.route, *blocks)
 
-    def round_rows(self, h: Tensor) -> None:
-        """From h bf16 [M·k, I] by route, native: a remote route's row too, whatever is in it, which no kernel reads."""
-        self.routes(h, self.h, self.h_scale, len(h))
+    def round_local(self, h: Tensor, topk_ids: Tensor, mapped: Tensor, known: int) -> None:
+        """From h bf16 [M·k, I] by route, weighted already, native, without a plan."""
+        self.routes(h, self.h, self.h_scale, topk_ids, mapped, known)
 
 
 def rounding_parts(
@@ -72,18 +72,19 @@ def rounder(parts: dict[str, Tensor], hidden: int, inner: int, blocks: int, bloc
         parts.get("x_scale", x),
         h,
         parts.get("h_scale", h),
-        _by_row(len(x), hidden, native),
+        _of_tokens(x, hidden, native=native),
         BoundLaunch(quantise_routes, blocks * groups(inner), routes),
     )
 
 
-def row_rounder(parts: dict[str, Tensor], hidden: int, inner: int) -> Rounder:
-    """The native launches that write `parts`, those of `rounding_parts`, for routes without a plan."""
+def local_rounder(parts: dict[str, Tensor], hidden: int, inner: int, local: int, *, mapped: bool) -> Rounder:
+    """The native launches that write `parts`, those of `rounding_parts`, for routes to `local` experts, unplanned."""
     x, h = parts["rounded_x"], parts["rounded_h"]
-    launches = (_by_row(len(x), hidden, True), _by_row(len(h), inner, True))
-    return Rounder(True, x, parts["x_scale"], h, parts["h_scale"], *launches)
+    constants = {"WIDTH": inner, "LOCAL": local, "HAS_MAP": mapped}
+    routes = BoundLaunch(quantise_local, len(h) * groups(inner), constants, warps=1)
+    return Rounder(True, x, parts["x_scale"], h, parts["h_scale"], _of_tokens(x, hidden, native=True), routes)
 
 
-def _by_row(rows: int, width: int, native: bool) -> BoundLaunch:
-    constants = {"WIDTH": width, "NATIVE": native, "BLOCK_R": _ROWS}
-    return BoundLaunch(quantise_tokens, triton.cdiv(rows, _ROWS) * groups(width), constants)
+def _of_tokens(x: Tensor, hidden: int, *, native: bool) -> BoundLaunch:
+    constants = {"WIDTH": hidden, "NATIVE": native, "BLOCK_R": _ROWS}
+    return BoundLaunch(quantise_tokens, triton.cdiv(len(x), _ROWS) * groups(hidden), constants)

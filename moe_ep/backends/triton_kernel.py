@@ -30,7 +30,7 @@ from moe_ep.kernels.launch import (
     tile,
 )
 from moe_ep.order import TILE_ROWS, KernelOrder, order_in_place
-from moe_ep.rounding import Rounder, rounder, rounding_parts, row_rounder
+from moe_ep.rounding import Rounder, local_rounder, rounder, rounding_parts
 from moe_ep.spec import ActivationDtype, MoELayerSpec
 from moe_ep.weights import ExpertWeights
 
@@ -356,7 +356,7 @@ def _route_op(shape: _Shape, config: LaunchConfig) -> _RouteOp:
         _cdna3(gate_up_gluon, routes, shape.inner, config.gate_up, gate_up),
         _cdna3(down_gluon, shape.tokens, shape.hidden // 2, config.down, down),
         parts["h"],
-        row_rounder(parts, shape.hidden, shape.inner) if shape.fp8 else None,
+        local_rounder(parts, shape.hidden, shape.inner, shape.local, mapped=shape.mapped) if shape.fp8 else None,
     )
 
 
@@ -576,7 +576,7 @@ def _by_route(op: _RouteOp, inputs: _Inputs, out: Tensor) -> None:
         return
     rounds.round_tokens(inputs.x)
     op.gate_up(rounds.x, rounds.x_scale, *w13, inputs.topk_weights, op.h, *inputs.routes, inputs.limit)
-    rounds.round_rows(op.h)
+    rounds.round_local(op.h, *inputs.routes)
     op.down(rounds.h, rounds.h_scale, *w2, inputs.topk_weights, out, *inputs.routes)
 
 
