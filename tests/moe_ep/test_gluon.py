@@ -63,8 +63,9 @@ def test_partials_of_all_ranks_add_up_to_the_layer_in_f64_at_every_regime_of_the
         assert made == ({16} if regime == "few" else {32})
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("regime", TOKENS)
+@pytest.mark.parametrize(
+    ("regime", "ranks"), [*((regime, ranks) for regime in ("route", "few") for ranks in (1, 2, 4)), ("many", 2)]
+)
 def test_fp8_partials_add_up_to_deepseek_s_own_arithmetic(experts: Experts, regime: str, ranks: int) -> None:
     tokens = make_tokens(TOKENS[regime], HIDDEN, EXPERTS, TOP_K, CPU)
     with emulated() as chip:
