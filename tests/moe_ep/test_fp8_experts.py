@@ -175,9 +175,9 @@ def test_routes_without_a_plan_have_the_bits_of_those_with_one(tokens: int, gemm
                 for rank in range(2)
             ]
         assert f"gate_up_{kernel}_fp8" in {launch.program.name for launch in chip.launches}
-    for got, planned, only in zip(*by_kernel.values(), (range(2), range(2, 4)), strict=True):
-        assert torch.equal(got, planned)
-        assert relative_error(got, w4a8(experts, batch, only=only, limit=limit)) < TOLERANCE
+    for direct, planned, only in zip(*by_kernel.values(), (range(2), range(2, 4)), strict=True):
+        assert torch.equal(direct, planned)
+        assert relative_error(direct, w4a8(experts, batch, only=only, limit=limit)) < TOLERANCE
 
 
 def test_without_a_plan_a_nan_reaches_what_it_touches_and_no_other() -> None:

@@ -12,6 +12,7 @@ from moe_ep.backends import gluon_kernel, triton_kernel
 from moe_ep.backends.triton_kernel import Target, launch_config
 from moe_ep.bench.cases import Batch, Weights
 from moe_ep.bench.exact import exact
+from moe_ep.fused import fused_moe_mxfp4_by_columns
 from moe_ep.kernels.launch import LaunchConfig
 from moe_ep.placement import Placement
 from moe_ep.spec import ActivationDtype
@@ -130,6 +131,30 @@ def test_a_token_without_a_local_route_is_zero_and_reads_no_weight(
         assert launch.execution is not None
         assert not {"w13_ptr", "w2_ptr", "scale_ptr", "h_ptr"} & launch.execution.widths.keys()
         assert not any(opcode.startswith("v_mfma") for opcode in launch.execution.executed)
+
+
+@by_activations
+def test_ranges_of_columns_of_a_route_direct_op_are_cut_from_the_whole(
+    experts: Experts, activations: ActivationDtype
+) -> None:
+    tokens = make_tokens(1, HIDDEN, EXPERTS, TOP_K, CPU)
+    packed = (experts.w13, experts.w13_scale, experts.w2, experts.w2_scale, tokens.ids, tokens.weights)
+    with emulated() as chip:
+        ranges = list(
+            fused_moe_mxfp4_by_columns(
+                *(tokens.x, *packed),
+                activation_dtype=activations,
+                impl="gluon_kernel",
+                out_dtype=torch.float32,
+                parts=2,
+                spare=0,
+            )
+        )
+        assert [launch.program.name for launch in chip.launches] == ROUTE[activations]
+        whole = fused_moe_mxfp4(
+            *(tokens.x, *packed), activation_dtype=activations, impl="gluon_kernel", out_dtype=torch.float32
+        )
+    assert torch.equal(torch.cat(ranges, 1), whole)
 
 
 @pytest.mark.parametrize("xcds", [1, 6, 8])

@@ -214,3 +214,7 @@ def test_gluon_s_kernels_are_in_no_other_table(tmp_path: Path) -> None:
     path.write_text(GLUON.replace("gfx942-gluon", "gfx942"))
     with pytest.raises(TableError, match="route, but cdna3 and route make up gfx942-gluon"):
         tables.read(path)
+    shipped = (Path(tables.__file__).parent / path.name).read_text()
+    path.write_text(shipped.replace("fp8:\n", f"fp8:\n{GLUON.splitlines()[4]}\n"))
+    with pytest.raises(TableError, match=r"fp8, rows 1\.0: route, which only gfx942-gluon\.yaml has"):
+        tables.read(path)
