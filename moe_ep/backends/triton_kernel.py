@@ -18,9 +18,19 @@ from moe_ep.dispatch import Planner, plan_parts, planner
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.down import combine_kernel, down_kernel
 from moe_ep.kernels.gate_up import gate_up_kernel
-from moe_ep.kernels.launch import FALLBACK, Gemm, LaunchConfig, choose, choose_fp8, fit_down, programs_at_once, tile
+from moe_ep.kernels.launch import (
+    FALLBACK,
+    FP8_KERNELS,
+    Gemm,
+    LaunchConfig,
+    choose,
+    choose_fp8,
+    fit_down,
+    programs_at_once,
+    tile,
+)
 from moe_ep.order import TILE_ROWS, KernelOrder, order_in_place
-from moe_ep.rounding import Rounder, rounder, rounding_parts
+from moe_ep.rounding import Rounder, local_rounder, rounder, rounding_parts
 from moe_ep.spec import ActivationDtype, MoELayerSpec
 from moe_ep.weights import ExpertWeights
 
@@ -199,6 +209,7 @@ class _RouteOp:
     gate_up: BoundLaunch
     down: BoundLaunch
     h: Tensor
+    rounder: Rounder | None
 
 
 @dataclass(frozen=True)
@@ -231,7 +242,7 @@ def _config(shape: _Shape) -> LaunchConfig:
     config = shape.override or launch_config(
         *(routes, shape.known, shape.hidden, shape.inner, shape.target), shape.activations, shape.order, impl
     )
-    if shape.rounds and config.kernel != ("stream" if shape.fp8 else "tile"):
+    if shape.rounds and config.kernel not in (FP8_KERNELS if shape.fp8 else ("tile",)):
         raise ValueError(f"fp8 activations with weights in {shape.order} order: no {config.kernel} kernel takes them")
     if config.kernel == "warpgroup" and not shape.copied:
         return tile(routes / shape.known, shape.target.warp_size)
@@ -320,7 +331,12 @@ def _cut(shape: _Shape, parts: int, spare: int) -> _Cut | None:
 
 
 def _route_op(shape: _Shape, config: LaunchConfig) -> _RouteOp:
-    from moe_ep.kernels.route_direct import down_route, gate_up_route
+    if shape.fp8:
+        from moe_ep.kernels.route_fp8 import down_route_fp8 as down_gluon
+        from moe_ep.kernels.route_fp8 import gate_up_route_fp8 as gate_up_gluon
+    else:
+        from moe_ep.kernels.route_direct import down_route as down_gluon
+        from moe_ep.kernels.route_direct import gate_up_route as gate_up_gluon
 
     routes = shape.tokens * shape.top_k
     common: dict[str, Any] = {
@@ -333,11 +349,14 @@ def _route_op(shape: _Shape, config: LaunchConfig) -> _RouteOp:
     }
     gate_up = {**common, "HAS_BIAS": shape.biased[0], "HAS_LIMIT": shape.limited}
     down = {**common, "HAS_BIAS": shape.biased[1]}
-    parts = workspace.carve(shape.device, shape.stream, {"h": ((routes, shape.inner), torch.bfloat16)})
+    rounded = rounding_parts(shape.tokens, shape.hidden, routes, shape.inner, native=True) if shape.fp8 else {}
+    h = {"h": ((routes, shape.inner), torch.bfloat16)}
+    parts = workspace.carve(shape.device, shape.stream, {**rounded, **h})
     return _RouteOp(
-        _cdna3(gate_up_route, routes, shape.inner, config.gate_up, gate_up),
-        _cdna3(down_route, shape.tokens, shape.hidden // 2, config.down, down),
+        _cdna3(gate_up_gluon, routes, shape.inner, config.gate_up, gate_up),
+        _cdna3(down_gluon, shape.tokens, shape.hidden // 2, config.down, down),
         parts["h"],
+        local_rounder(parts, shape.hidden, shape.inner, shape.local, mapped=shape.mapped) if shape.fp8 else None,
     )
 
 
@@ -451,8 +470,7 @@ def experts(
         op = _op(shape)
         inputs = _Inputs.of(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit)
         if isinstance(op, _RouteOp):
-            op.gate_up(x, inputs.w13, inputs.s13, inputs.b13, op.h, *inputs.routes, inputs.limit)
-            op.down(op.h, inputs.w2, inputs.s2, inputs.b2, topk_weights, out, *inputs.routes)
+            _by_route(op, inputs, out)
             return
         op.plan(x, topk_ids, expert_map)
         _first_gemm(op, inputs)
@@ -546,6 +564,20 @@ class _Inputs:
     def routes(self) -> tuple[Tensor, Tensor, int]:
         """Experts of the routes, where they are, and how many there can be."""
         return self.topk_ids, self.mapped, self.known
+
+
+def _by_route(op: _RouteOp, inputs: _Inputs, out: Tensor) -> None:
+    """out of x."""
+    w13, w2 = (inputs.w13, inputs.s13, inputs.b13), (inputs.w2, inputs.s2, inputs.b2)
+    rounds = op.rounder
+    if rounds is None:
+        op.gate_up(inputs.x, *w13, op.h, *inputs.routes, inputs.limit)
+        op.down(op.h, *w2, inputs.topk_weights, out, *inputs.routes)
+        return
+    rounds.round_tokens(inputs.x)
+    op.gate_up(rounds.x, rounds.x_scale, *w13, inputs.topk_weights, op.h, *inputs.routes, inputs.limit)
+    rounds.round_local(op.h, *inputs.routes)
+    op.down(rounds.h, rounds.h_scale, *w2, inputs.topk_weights, out, *inputs.routes)
 
 
 def _first_gemm(op: _Op, inputs: _Inputs) -> None:

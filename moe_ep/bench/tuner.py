@@ -64,6 +64,8 @@ def families(
     With fp8 activations only gfx942 has any: elsewhere the fallback multiplies them.
     """
     if activations == "fp8":
+        if impl == "gluon_kernel" and arch == "gfx942" and rows <= 1:
+            yield "route", 16, _ROUTE
         sizes: tuple[int, ...] = (16, 32, 64) if arch == "gfx942" else ()
         yield from (("stream", size, _STREAM) for size in sizes if size <= max(16, 4 * rows) and rows <= 6 * size)
         return

@@ -7,9 +7,12 @@ from moe_ep.order import padded
 
 Kernel = Literal["stream", "warpgroup", "tile", "cdna3", "route"]
 """stream: few rows an expert, `kernels.stream`. warpgroup: many, on Hopper. tile: any device, any shape. Of
-gluon_kernel, on gfx942: route for a handful of tokens, `kernels.route_direct`; cdna3 for more, `kernels.cdna3`."""
+gluon_kernel, on gfx942: route for a handful of tokens, `kernels.route_direct`; cdna3 for more, `kernels.cdna3`.
+Activations are multiplied as fp8 by `kernels.stream_fp8` for stream, and `kernels.route_fp8` for route."""
 REGISTER_KERNELS: tuple[Kernel, ...] = ("stream", "cdna3", "route")
 """Those that take weights to registers in tiles of 16 rows, by slices of K and by stages."""
+FP8_KERNELS: tuple[Kernel, ...] = ("stream", "route")
+"""Those of them that multiply activations as fp8, of every H and I."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def choose(
 
 
 def choose_fp8(table: Table | None, routes: int, num_experts: int, hidden: int, inner: int) -> LaunchConfig:
-    """As `choose`, where activations are multiplied as fp8: by the stream kernel, which then takes every H and I."""
+    """As `choose`, where activations are multiplied as fp8: by kernels that then take every H and I."""
     rows = routes / num_experts
     if table is None or not table.fp8:
         block_m = tile(rows, 64).block_m

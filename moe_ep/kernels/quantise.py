@@ -7,6 +7,8 @@ otherwise   the rounded values as bf16, times 2^64, for the kernels that multipl
 import triton
 import triton.language as tl
 
+from moe_ep.kernels.plan import local_row
+
 GROUP = tl.constexpr(128)
 SHIFT = tl.constexpr(18446744073709551616.0)  # 2^64, which the weights lack that the bf16 kernels decode
 
@@ -94,3 +96,26 @@ def quantise_routes(
         h *= tl.load(weight_ptr + route, mask=mask, other=0.0)[:, None]
         h = h.to(tl.bfloat16).to(tl.float32)
     quantise_rows(h, row, mask, k, out_ptr, scale_ptr, WIDTH, NATIVE)
+
+
+@triton.jit(do_not_specialize=["known"])
+def quantise_local(
+    h_ptr,  # bf16 [M·TOP_K, WIDTH] with the routing weight in it, row = route
+    out_ptr,  # out: e4m3fnuz [M·TOP_K, K], K = WIDTH padded to whole groups with 0; rows of remote routes are left
+    scale_ptr,  # out: f32 [M·TOP_K, K/128]
+    ids_ptr,  # int [M·TOP_K]
+    map_ptr,  # int [known], read if HAS_MAP
+    known,
+    WIDTH: tl.constexpr,
+    LOCAL: tl.constexpr,
+    HAS_MAP: tl.constexpr,
+):
+    # Layout: one program makes one group of one route.
+    groups: tl.constexpr = (WIDTH + 127) // 128
+    route = tl.program_id(0) // groups
+    if local_row(ids_ptr, map_ptr, route, route >= 0, known, LOCAL, HAS_MAP) < 0:
+        return
+    row = route.to(tl.int64) + tl.arange(0, 1)
+    k = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)
+    h = tl.load(h_ptr + row[:, None] * WIDTH + k[None, :], mask=(k < WIDTH)[None, :], other=0.0).to(tl.float32)
+    quantise_rows(h, row, row >= 0, k, out_ptr, scale_ptr, WIDTH, True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from moe_ep.kernels.launch import REGISTER_KERNELS, Gemm, LaunchConfig, Regime, Table
+from moe_ep.kernels.launch import FP8_KERNELS, REGISTER_KERNELS, Gemm, LaunchConfig, Regime, Table
 
 DIRECTORY_VARIABLE = "MOE_EP_TABLES"
 """A directory whose `<arch>.yaml` are taken before those of the package."""
@@ -85,8 +85,12 @@ class _Table(BaseModel):
     @model_validator(mode="after")
     def _the_arch_has_the_kernels(self) -> "_Table":
         for regime in self.fp8:
-            if self.arch not in ("gfx942", GLUON_TABLE) or regime.kernel != "stream" or not 16 <= regime.block_m <= 64:
-                raise ValueError(f"fp8, rows {regime.rows}: it is for gfx942, kernel stream and block_m from 16 to 64")
+            if self.arch not in ("gfx942", GLUON_TABLE) or regime.kernel not in FP8_KERNELS:
+                raise ValueError(f"fp8, rows {regime.rows}: it is for gfx942 and kernels {', '.join(FP8_KERNELS)}")
+            if regime.kernel == "route" and self.arch != GLUON_TABLE:
+                raise ValueError(f"fp8, rows {regime.rows}: route, which only {GLUON_TABLE}.yaml has")
+            if not 16 <= regime.block_m <= 64:
+                raise ValueError(f"fp8, rows {regime.rows}: block_m={regime.block_m}, from 16 to 64 are taken")
         for regime in self.regimes:
             if regime.kernel == "warpgroup" and self.arch != "sm90":
                 raise ValueError(f"rows {regime.rows}: the warpgroup kernel is for sm90, not {self.arch}")

@@ -124,9 +124,12 @@ WORKLOADS = (
     Workload("pro single", 1, 7168, 3072, 1, known=16, impls=("gluon_kernel",)),
     Workload("narrow decode, fp8", 2, 1024, 512, 12, activation_dtype="fp8", impls=("gluon_kernel",)),
     Workload("narrow prefill, fp8", 1, 1024, 512, 128, activation_dtype="fp8", impls=("gluon_kernel",)),
+    Workload("narrow single, fp8", 1, 1024, 512, 1, activation_dtype="fp8", known=16, impls=("gluon_kernel",)),
     Workload("flash decode, fp8", 1, 4096, 2048, 12, activation_dtype="fp8", impls=("gluon_kernel",)),
     Workload("flash prefill, fp8", 1, 4096, 2048, 128, activation_dtype="fp8", impls=("gluon_kernel",)),
+    Workload("flash single, fp8", 1, 4096, 2048, 1, activation_dtype="fp8", known=16, impls=("gluon_kernel",)),
     Workload("pro decode, fp8", 1, 7168, 3072, 12, activation_dtype="fp8", impls=("gluon_kernel",)),
+    Workload("pro single, fp8", 1, 7168, 3072, 1, activation_dtype="fp8", known=16, impls=("gluon_kernel",)),
 )
 """A decode tile is padded to 16 rows, so its cost per weight is that of any number of routes up to 16. With fp8
 activations both backends launch the same kernels."""
@@ -174,7 +177,7 @@ def costs(workload: Workload) -> dict[str, Cost]:
     return found
 
 
-_SHARES = {"gate_up": 2, "quantise_tokens": 2, "down": 1, "quantise_routes": 1}
+_SHARES = {"gate_up": 2, "quantise_tokens": 2, "down": 1, "quantise_routes": 1, "quantise_local": 1}
 """Of the three matrices' weights, what a kernel multiplies, by the beginning of its name."""
 
 

@@ -38,6 +38,7 @@ def test_instructions_that_are_too_close_are_found(text: str, found: int) -> Non
 @pytest.mark.parametrize("workload", [
     Workload("route", 1, 256, 128, 1, known=24), Workload("few", 1, 256, 128, 12), Workload("many", 1, 256, 128, 40),
     Workload("fp8", 1, 256, 128, 12, activation_dtype="fp8"),
+    Workload("fp8 route", 1, 256, 128, 1, activation_dtype="fp8", known=24),
 ], ids=lambda workload: workload.name)  # fmt: skip
 def test_no_kernel_s_matrix_instructions_read_too_early(workload: Workload, impl: str) -> None:
     for launch in launches(workload, impl):

@@ -7,11 +7,13 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from moe_ep import tables
+from moe_ep.backends.triton_kernel import Impl
 from moe_ep.bench import report, tuner
 from moe_ep.bench.cases import SHAPES, Batch, RankShape, Weights, random_batch
 from moe_ep.bench.check import check
@@ -164,10 +166,14 @@ def test_a_backend_s_measured_table_has_its_name() -> None:
     ("arch", "rows", "blocks"),
     [("gfx942", 0.1, {16}), ("gfx942", 20, {16, 32, 64}), ("gfx942", 300, {64}), ("sm90", 20, set())],
 )
-def test_with_fp8_activations_the_tuner_tries_gfx942_s_stream(arch: str, rows: float, blocks: set[int]) -> None:
-    tried = list(families(arch, rows, "gluon_kernel", "fp8"))
-    assert {block_m for _, block_m, _ in tried} == blocks
-    assert {kernel for kernel, _, _ in tried} <= {"stream"}
+def test_with_fp8_activations_the_tuner_tries_gfx942_s_stream_and_gluon_s_route(
+    arch: str, rows: float, blocks: set[int]
+) -> None:
+    for impl in get_args(Impl):
+        tried = list(families(arch, rows, impl, "fp8"))
+        assert {block_m for _, block_m, _ in tried} == blocks
+        few = {"route"} if impl == "gluon_kernel" and rows <= 1 else set()
+        assert {kernel for kernel, _, _ in tried} == ({"stream"} | few if blocks else set())
 
 
 def test_fp8_s_tiles_are_measured_beside_those_of_bf16_in_one_table(

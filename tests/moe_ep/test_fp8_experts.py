@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from moe_ep import explain_selection, fused_moe_mxfp4, select_backend
 from moe_ep.backends.triton_kernel import Target, _Op, _op, _Shape, using
-from moe_ep.kernels.launch import Gemm, LaunchConfig, fit_fp8
+from moe_ep.kernels.launch import FP8_KERNELS, Gemm, LaunchConfig, fit_fp8
 from moe_ep.mxfp4 import dequantise, pack
 from moe_ep.order import KernelOrder, to_kernel_order
 from moe_ep.placement import Placement
@@ -24,7 +24,16 @@ from moe_ep.spec import MoELayerSpec, Mxfp4Config, SwigluArg, TopKOutput
 from moe_ep.weights import ExpertWeights
 from tests.gfx942 import kernels
 from tests.gfx942.driver import emulated
-from tests.moe_ep.experts import Experts, Tokens, by_formula, make_experts, make_tokens, partial, relative_error
+from tests.moe_ep.experts import (
+    Experts,
+    Tokens,
+    _partial,
+    by_formula,
+    make_experts,
+    make_tokens,
+    partial,
+    relative_error,
+)
 from tests.moe_ep.ways import WAYS, Way, every_way
 
 TOLERANCE = 2e-3
@@ -144,6 +153,44 @@ def test_every_tile_of_gfx942_computes_several_blocks_and_remote_routes(block_m:
         *("place_kernel", "quantise_tokens", "gate_up_stream_fp8", "quantise_routes", "down_stream_fp8"),
         "combine_kernel",
     ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "gemm", "limit"),
+    [(n, *((Gemm(16, 4, 2, slices=4), 0.5) if n % 2 else (Gemm(32, 2, 1), None))) for n in range(1, 5)],
+    ids=str,
+)
+def test_routes_without_a_plan_have_the_bits_of_those_with_one(tokens: int, gemm: Gemm, limit: float | None) -> None:
+    hidden, inner = 512, 160  # the last group of I is not full
+    experts = make_experts(4, hidden, inner, CPU, bias=True)
+    batch = make_tokens(tokens, hidden, 4, 3, CPU)
+    batch.ids[0, 1] = -1
+    by_kernel = {}
+    for kernel in FP8_KERNELS:
+        config = fit_fp8(LaunchConfig(kernel, 16, gemm, gemm), hidden, inner)
+        with emulated() as chip, using(config):
+            chip.protect(batch.x, batch.ids, batch.weights)
+            by_kernel[kernel] = [
+                _partial(experts, batch, "triton_kernel", ep_rank=rank, ep_size=2, activation_dtype="fp8", limit=limit)
+                for rank in range(2)
+            ]
+        assert f"gate_up_{kernel}_fp8" in {launch.program.name for launch in chip.launches}
+    for direct, planned, only in zip(*by_kernel.values(), (range(2), range(2, 4)), strict=True):
+        assert torch.equal(direct, planned)
+        assert relative_error(direct, w4a8(experts, batch, only=only, limit=limit)) < TOLERANCE
+
+
+def test_without_a_plan_a_nan_reaches_what_it_touches_and_no_other() -> None:
+    experts = make_experts(4, 256, 128, CPU)
+    experts.w13_scale[0, 3, 1] = experts.w2_scale[3, 37, 2] = 255
+    batch = make_tokens(4, 256, 4, 2, CPU)
+    batch.ids[:] = torch.tensor([[0, 1], [1, 2], [2, 3], [2, 1]])
+    batch.x[3, 200] = float("nan")
+    gemm = Gemm(16, 2, 1, slices=2)
+    with emulated(), using(fit_fp8(LaunchConfig("route", 16, gemm, gemm), 256, 128)):
+        got = _partial(experts, batch, "triton_kernel", activation_dtype="fp8").isnan()
+    assert got.sum(-1).tolist() == [256, 0, 1, 256]
+    assert got[2, 37]
 
 
 def test_every_code_with_every_scale_is_its_value_on_gfx942() -> None:

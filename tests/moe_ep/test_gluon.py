@@ -1,6 +1,7 @@
 """gluon_kernel in the emulated gfx942: sums over ranks at every configuration of its table, routes, XCDs, refusals."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from moe_ep.backends import gluon_kernel, triton_kernel
 from moe_ep.backends.triton_kernel import Target, launch_config
 from moe_ep.bench.cases import Batch, Weights
 from moe_ep.bench.exact import exact
+from moe_ep.fused import fused_moe_mxfp4_by_columns
 from moe_ep.kernels.launch import LaunchConfig
 from moe_ep.placement import Placement
 from moe_ep.spec import ActivationDtype
@@ -62,13 +64,17 @@ def test_partials_of_all_ranks_add_up_to_the_layer_in_f64_at_every_regime_of_the
         assert made == ({16} if regime == "few" else {32})
 
 
-@pytest.mark.parametrize("regime", ["few", "many"])
-def test_fp8_partials_add_up_to_deepseek_s_own_arithmetic(experts: Experts, regime: str) -> None:
+@pytest.mark.parametrize(
+    ("regime", "ranks"), [*((regime, ranks) for regime in ("route", "few") for ranks in (1, 2, 4)), ("many", 2)]
+)
+def test_fp8_partials_add_up_to_deepseek_s_own_arithmetic(experts: Experts, regime: str, ranks: int) -> None:
     tokens = make_tokens(TOKENS[regime], HIDDEN, EXPERTS, TOP_K, CPU)
     with emulated() as chip:
-        total = partial(experts, tokens, 0, 2, "fp8") + partial(experts, tokens, 1, 2, "fp8")
-    assert relative_error(total, f64(experts, tokens, "fp8")) < 5e-3
-    assert {"gate_up_stream_fp8", "down_stream_fp8"} <= kernels(chip)
+        total = sum(partial(experts, tokens, rank, ranks, "fp8") for rank in range(ranks))
+    assert isinstance(total, Tensor)
+    assert relative_error(total, f64(experts, tokens, "fp8")) < 2e-3
+    kernel = "route" if regime == "route" else "stream"
+    assert {f"gate_up_{kernel}_fp8", f"down_{kernel}_fp8"} <= kernels(chip)
 
 
 def f64(experts: Experts, tokens: Tokens, activations: ActivationDtype = "bf16") -> Tensor:
@@ -81,19 +87,30 @@ def test_the_table_has_the_regimes_that_are_tested() -> None:
     table = tables.find(tables.GLUON_TABLE)
     assert table is not None
     tested = [TOKENS[regime] * TOP_K / EXPERTS for regime in TOKENS]
-    assert [sum(rows > regime.rows for regime in table.regimes) for rows in tested] == list(range(len(table.regimes)))
+    for regimes in (table.regimes, table.fp8[:3]):  # blocks of 64 with fp8 are what test_fp8_experts has
+        assert [sum(rows > regime.rows for regime in regimes) for rows in tested] == list(range(len(regimes)))
 
 
+ROUTE = {
+    "bf16": ["gate_up_route", "down_route"],
+    "fp8": ["quantise_tokens", "gate_up_route_fp8", "quantise_local", "down_route_fp8"],
+}
+by_activations = pytest.mark.parametrize("activations", get_args(ActivationDtype))
+
+
+@by_activations
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_a_route_that_is_remote_padding_or_unknown_is_passed_over(experts: Experts, dtype: torch.dtype) -> None:
+def test_a_route_that_is_remote_padding_or_unknown_is_passed_over(
+    experts: Experts, dtype: torch.dtype, activations: ActivationDtype
+) -> None:
     tokens = make_tokens(1, HIDDEN, EXPERTS, TOP_K, CPU)
     for ids, remote in (([3, 20], True), ([-1, 3], False), ([3, 2**31 - 1], False)):
         mixed = replace(tokens, ids=torch.tensor([ids], dtype=dtype))
         alone = replace(tokens, ids=torch.tensor([[i if i == 3 else -1 for i in ids]], dtype=dtype))
         with emulated() as chip:
-            got = partial(experts, mixed, 0, 2 if remote else 1)
-        assert kernels(chip) == {"gate_up_route", "down_route"}
-        assert relative_error(got, f64(experts, alone_in_f64(alone))) < 5e-3
+            got = partial(experts, mixed, 0, 2 if remote else 1, activations)
+        assert [launch.program.name for launch in chip.launches] == ROUTE[activations]
+        assert relative_error(got, f64(experts, alone_in_f64(alone), activations)) < 5e-3
 
 
 def alone_in_f64(tokens: Tokens) -> Tokens:
@@ -101,15 +118,43 @@ def alone_in_f64(tokens: Tokens) -> Tokens:
     return replace(tokens, ids=tokens.ids.clamp(min=0), weights=tokens.weights * (tokens.ids >= 0))
 
 
-def test_a_token_without_a_local_route_is_zero_and_reads_no_weight(experts: Experts) -> None:
+@by_activations
+def test_a_token_without_a_local_route_is_zero_and_reads_no_weight(
+    experts: Experts, activations: ActivationDtype
+) -> None:
     tokens = replace(make_tokens(1, HIDDEN, EXPERTS, TOP_K, CPU), ids=torch.tensor([[20, 21]], dtype=torch.int32))
     with emulated() as chip:
-        got = partial(experts, tokens, 0, 2)
+        got = partial(experts, tokens, 0, 2, activations)
     assert torch.equal(got, torch.zeros(1, HIDDEN))
-    for launch in chip.launches:
+    assert [launch.program.name for launch in chip.launches] == ROUTE[activations]
+    for launch in chip.launches[1 if activations == "fp8" else 0 :]:  # x is rounded for all
         assert launch.execution is not None
-        assert not {"w13_ptr", "w2_ptr", "scale_ptr"} & launch.execution.widths.keys()
+        assert not {"w13_ptr", "w2_ptr", "scale_ptr", "h_ptr"} & launch.execution.widths.keys()
         assert not any(opcode.startswith("v_mfma") for opcode in launch.execution.executed)
+
+
+@by_activations
+def test_ranges_of_columns_of_a_route_direct_op_are_cut_from_the_whole(
+    experts: Experts, activations: ActivationDtype
+) -> None:
+    tokens = make_tokens(1, HIDDEN, EXPERTS, TOP_K, CPU)
+    packed = (experts.w13, experts.w13_scale, experts.w2, experts.w2_scale, tokens.ids, tokens.weights)
+    with emulated() as chip:
+        ranges = list(
+            fused_moe_mxfp4_by_columns(
+                *(tokens.x, *packed),
+                activation_dtype=activations,
+                impl="gluon_kernel",
+                out_dtype=torch.float32,
+                parts=2,
+                spare=0,
+            )
+        )
+        assert [launch.program.name for launch in chip.launches] == ROUTE[activations]
+        whole = fused_moe_mxfp4(
+            *(tokens.x, *packed), activation_dtype=activations, impl="gluon_kernel", out_dtype=torch.float32
+        )
+    assert torch.equal(torch.cat(ranges, 1), whole)
 
 
 @pytest.mark.parametrize("xcds", [1, 6, 8])

@@ -148,7 +148,7 @@ regimes:
         (("regimes:", "regimes: ["), "not YAML"),
         (
             ("source: a test", f"source: a test\nfp8: [{FP8}]"),
-            "fp8, rows 2.*for gfx942, kernel stream and block_m from",
+            "fp8, rows 2.*for gfx942 and kernels stream, route",
         ),
     ],
 )
@@ -186,6 +186,18 @@ regimes:
         (("block_m: 32", "block_m: 64"), "takes 16 and 32"),
         (("kernel: cdna3", "kernel: stream"), "stream, but cdna3 and route make up gfx942-gluon.yaml"),
         (("kernel: route", "kernel: tile"), "only stream, cdna3, route slice K"),
+        (
+            (
+                "source: a test",
+                "source: a test\nfp8: [{rows: 2, kernel: cdna3, block_m: 16, gate_up: &g {block_n: 64, "
+                "warps: 4, stages: 2}, down: *g}]",
+            ),
+            "fp8, rows 2.*for gfx942 and kernels stream, route",
+        ),
+        (
+            ("source: a test", f"source: a test\nfp8: [{FP8.replace('block_m: 16', 'block_m: 8')}]"),
+            "block_m=8, from 16",
+        ),
     ],
 )
 def test_a_bad_table_of_gluon_s_is_refused(tmp_path: Path, change: tuple[str, str], said: str) -> None:
@@ -201,4 +213,8 @@ def test_gluon_s_kernels_are_in_no_other_table(tmp_path: Path) -> None:
     path = tmp_path / "gfx942.yaml"
     path.write_text(GLUON.replace("gfx942-gluon", "gfx942"))
     with pytest.raises(TableError, match="route, but cdna3 and route make up gfx942-gluon"):
+        tables.read(path)
+    shipped = (Path(tables.__file__).parent / path.name).read_text()
+    path.write_text(shipped.replace("fp8:\n", f"fp8:\n{GLUON.splitlines()[4]}\n"))
+    with pytest.raises(TableError, match=r"fp8, rows 1\.0: route, which only gfx942-gluon\.yaml has"):
         tables.read(path)

@@ -107,6 +107,9 @@ def test_the_record_lists_candidates_in_order_with_verdicts() -> None:
     assert "gfx942-gluon.yaml" in record.launch["table"]
     assert record.launch["tokens"]["1"].startswith("route, 16 routes")
     assert record.launch["tokens"]["64"].startswith("cdna3, 16 routes")
+    for impl, one in (("gluon_kernel", "route"), ("triton_kernel", "stream")):
+        launch = explain_selection(SPEC, Mxfp4Config(is_w4a8_fp8=True), arch="gfx942", impl=impl).as_dict()["launch"]
+        assert [launch["tokens"][n].split(",")[0] for n in ("1", "64")] == [one, "stream"]
 
 
 def test_gluon_leaves_sizes_that_its_lanes_do_not_divide_to_triton() -> None:
