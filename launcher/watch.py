@@ -143,7 +143,7 @@ class Shepherd:
 
 @contextmanager
 def put_off() -> Iterator[None]:
-    """Signals that tell the launcher to stop are held back meanwhile. Raises `KeyboardInterrupt` in the end for them."""
+    """What tells the launcher to stop is held back meanwhile. Raises `KeyboardInterrupt` in the end where it came."""
     came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, lambda which, _: came.append(which)) for number in numbers}
