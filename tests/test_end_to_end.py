@@ -293,6 +293,7 @@ def processes_of(pid: int) -> list[str]:
 LONG = "job.throughput={batch_sizes: [1, 4], warmup: 0, repeats: 12}"
 
 
+@pytest.mark.nightly  # the lab has one too
 def test_a_rank_killed_in_the_middle_leaves_a_readable_partial_report(tmp_path: Path) -> None:
     with launched(tmp_path, "--set", LONG) as launcher:
         os.kill(wait_for(tmp_path, 2, "throughput"), signal.SIGKILL)
@@ -316,6 +317,7 @@ def test_a_rank_killed_in_the_middle_leaves_a_readable_partial_report(tmp_path: 
     assert "first at rank 2" in done.stdout
 
 
+@pytest.mark.nightly  # the lab has one too
 def test_a_rank_that_stands_still_is_named_when_the_others_have_waited_long_enough(tmp_path: Path) -> None:
     with launched(tmp_path, "--set", LONG, "--set", "limits.rank_timeout_s=5") as launcher:
         os.kill(wait_for(tmp_path, 3, "throughput"), signal.SIGSTOP)

@@ -173,7 +173,7 @@ class Run:
         return Broken(self.process.returncode, json.loads(out), answer, err, self.folder, told, ended, broke, extra)
 
     def _ended(self) -> float:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150  # accounting comes back some time after a controller that was killed
         while True:
             ends = self.breaker.lab.ask("sacct", "-n", "-P", "-X", "-D", "-o", "End", "-j", self.job_id).splitlines()
             if ends and ends[-1] not in ("Unknown", ""):

@@ -10,6 +10,8 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from launcher.history import History
 from launcher.lab import control
 from launcher.processes import children
@@ -78,6 +80,7 @@ def verdicts(config: dict[str, Any]) -> dict[str, str]:
     return {gate["gate"]: gate["verdict"] for gate in config["comparison"]["gates"]}
 
 
+@pytest.mark.nightly
 def test_the_verdicts_on_five_nights_are_right(lab: Lab, tmp_path: Path) -> None:
     (tmp_path / "steady").mkdir()
     (tmp_path / "steady" / "sitecustomize.py").write_text(STEADY)
