@@ -1,14 +1,19 @@
 """Times on a device, and what it reaches at best."""
 
+import math
+import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 Work = Callable[[], object]
 _REPEATS = 7
+_FEWEST_REPEATS = 3
+_ENOUGH_US = 2e5  # after which no more than the fewest are made: what is slow needs no finer clock
 _CPU_REPEATS = 2  # where kernels are interpreted, which shows that they run and not how fast
 _SLEEP_CYCLES = 1_000_000  # about half a millisecond, in which the host launches what is timed
 
@@ -50,7 +55,14 @@ def eager_us(works: Sequence[Work], device: torch.device) -> float:
 
     once()
     repeats = _REPEATS if device.type == "cuda" else _CPU_REPEATS
-    return statistics.median(_elapsed_us(once, device) for _ in range(repeats)) / len(works)
+    return _median(lambda: _elapsed_us(once, device), repeats) / len(works)
+
+
+def _median(measure: Callable[[], float], repeats: int) -> float:
+    times: list[float] = []
+    while len(times) < min(repeats, _FEWEST_REPEATS) or (len(times) < repeats and sum(times) < _ENOUGH_US):
+        times.append(measure())
+    return statistics.median(times)
 
 
 def graph_us(works: Sequence[Work]) -> float:
@@ -69,7 +81,7 @@ def graph_us(works: Sequence[Work]) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for work in works:
             work()
-    return statistics.median(_queued_us(graph) for _ in range(_REPEATS)) / len(works)
+    return _median(lambda: _queued_us(graph), _REPEATS) / len(works)
 
 
 def _queued_us(graph: torch.cuda.CUDAGraph) -> float:
@@ -96,3 +108,28 @@ def _elapsed_us(work: Work, device: torch.device) -> float:
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) * 1e3
+
+
+@contextmanager
+def until(deadline: float) -> Iterator[None]:
+    """What runs within gets a TimeoutError once time.monotonic() has reached the deadline; inf for none.
+
+    For the main thread. Python raises it between two of its own steps, so not while one call waits for the device.
+    """
+    if math.isinf(deadline):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("its time was used up")
+
+    left = deadline - time.monotonic()
+    if left <= 0:
+        stop()
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, left)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -86,9 +86,10 @@ CONTENDERS = {
         Contender("gluon_kernel", own("gluon_kernel"), runs_here=_on_cdna3),
         Contender(OURS, own("triton_kernel")),
         Contender("reference", own("reference"), capturable=False),
-        Contender("xkernels", peers.xkernels, "xkernels", capturable=False),
-        Contender("triton_kernels", peers.triton_kernels, "triton_kernels", capturable=False),
+        Contender("xkernels", peers.xkernels, "xkernels"),
+        Contender("triton_kernels", peers.triton_kernels, "triton_kernels"),
         Contender("marlin", peers.marlin, "vllm._moe_C", checked=False),
+        Contender("tokenspeed", peers.tokenspeed, "tokenspeed_kernel"),
         Contender("gluon_kernel-fp8", own("gluon_kernel", "fp8"), runs_here=_on_cdna3, activations="fp8"),
         Contender("triton_kernel-fp8", own("triton_kernel", "fp8"), activations="fp8"),
     )

@@ -1,18 +1,31 @@
 """Public kernels for the same job, called as their own users call them. Nothing here is needed to run ours.
 
 xkernels        ResearchComputer/xkernels, `fused_moe_mxfp4`: the whole op
-triton_kernels  triton's `matmul_ogs`, as vLLM 0.20 ships it: both GEMMs and the activation, which is gpt-oss's;
-                the sort and the sum over a token's routes are torch's
-marlin          vLLM's `moe_wna16_marlin_gemm` behind its `moe_align_block_size`: the whole op, with torch's activation.
-                The bytes are taken for weights in Marlin's order, which changes no time, so its result is not compared.
+triton_kernels  triton's `matmul_ogs`, as vLLM 0.20 ships it: both GEMMs, V4's activation in the first and the sum over
+                a token's routes after the second, as vLLM calls them; the sort is torch's
+marlin          vLLM's `moe_wna16_marlin_gemm` behind its `moe_align_block_size`: the whole op, with this package's
+                activation. The bytes are taken for weights in Marlin's order, which changes no time, so its result is
+                not compared.
+tokenspeed      tokenspeed-kernel's portable Triton kernel for mxfp4 experts, weight-only: the whole op, behind torch's
+                look-up of local experts. Of its package only what this kernel imports is imported.
 """
 
+import sys
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton import language as tl
 
+from moe_ep.activation import swiglu_halves
 from moe_ep.bench.cases import Batch, RankShape, Weights
 from moe_ep.bench.exact import LIMIT
 
@@ -36,12 +49,18 @@ def xkernels(shape: RankShape, weights: Weights) -> Op:
     return op
 
 
+@triton.jit
+def _swiglu(pairs: tl.tensor, limit: tl.tensor) -> tl.tensor:
+    gate, up = tl.split(tl.reshape(pairs, (pairs.shape[0], pairs.shape[1] // 2, 2)))
+    gate = tl.minimum(gate, limit)
+    return gate * tl.sigmoid(gate) * tl.clamp(up, -limit, limit)
+
+
 def triton_kernels(shape: RankShape, weights: Weights) -> Op:
-    """Weights in the layouts that it chooses for this device, gate and up rows interleaved as its SwiGLU wants."""
+    """Weights in the layouts that it chooses for this device, gate and up rows interleaved as its activations want."""
     from triton_kernels import matmul_ogs as ogs
     from triton_kernels.matmul_ogs_details import opt_flags
     from triton_kernels.numerics import InFlexData
-    from triton_kernels.swiglu import swiglu_fn
     from triton_kernels.tensor import FP4, convert_layout, make_ragged_tensor_metadata, wrap_torch_tensor
     from triton_kernels.tensor_details import layout
 
@@ -65,25 +84,32 @@ def triton_kernels(shape: RankShape, weights: Weights) -> Op:
     w13, w13_scale = place(interleaved(weights.w13), interleaved(weights.w13_scale))
     w2, w2_scale = place(weights.w2, weights.w2_scale)
     first, second = precision(w13_scale), precision(w2_scale)
-    activation = ogs.FusedActivation(ogs.FnSpecs("swiglu", swiglu_fn, ("alpha", "limit"), reduction_n=2), (1.0, LIMIT))
+    activation = ogs.FusedActivation(ogs.FnSpecs("v4_swiglu", _swiglu, ("limit",), reduction_n=2), (LIMIT,))
+    bounds = torch.arange(shape.held + 1, dtype=torch.uint8, device=weights.w13.device)
 
     def op(batch: Batch) -> Tensor:
-        rows = weights.expert_map[batch.ids.long()].flatten()
-        route = (rows >= 0).nonzero().flatten()
-        route = route[torch.argsort(rows[route], stable=True)]
-        counts = torch.bincount(rows[route], minlength=shape.held).int()
-        token = (route // shape.top_k).int()
-        gammas = batch.weights.flatten()[route].bfloat16()
-        routing = ogs.RoutingData(gammas, counts, shape.held, 1, make_ragged_tensor_metadata(counts, len(route)))
+        row = weights.expert_map[batch.ids].flatten()
+        by_row, order = row.to(torch.uint8).sort(stable=True)  # -1 is 255: remote routes come last, and no GEMM's rows
+        counts = torch.searchsorted(by_row, bounds, out_int32=True).diff()
+        route = order.int()
+        routing = ogs.RoutingData(
+            *(batch.weights.flatten()[order], counts, shape.held, shape.top_k),
+            make_ragged_tensor_metadata(counts, len(route)),
+            expected_tokens_per_expt=max(1, len(route) // shape.experts),
+        )
         h = ogs.matmul_ogs(
             *(batch.x, w13, None, routing),
-            gather_indx=ogs.GatherIndx(token, token),
+            gather_indx=ogs.GatherIndx(route, row),
             precision_config=first,
             fused_activation=activation,
         )
-        y = ogs.matmul_ogs(h.view(-1, shape.inner), w2, None, routing, precision_config=second, gammas=gammas)
-        out = torch.zeros(batch.x.shape, dtype=torch.float32, device=batch.x.device)
-        return out.index_add_(0, token.long(), y.view(-1, shape.hidden).float())
+        result: Tensor = ogs.matmul_ogs(
+            *(h.view(-1, shape.inner), w2, None, routing),
+            scatter_indx=ogs.ScatterIndx(row, route),  # of the first only its -1, at remote routes, are read
+            precision_config=second,
+            gammas=routing.gate_scal,
+        )
+        return result
 
     return op
 
@@ -125,9 +151,68 @@ def marlin(shape: RankShape, weights: Weights) -> Op:
 
         both = batch.x.new_empty(tokens * top_k, 2 * inner)
         gemm(batch.x, both, w13, w13_scale, top_k, False)
-        gate, up = both.chunk(2, dim=-1)
         y = batch.x.new_zeros(tokens * top_k, hidden)  # rows of remote routes are not written
-        gemm(torch.nn.functional.silu(gate) * up, y, w2, w2_scale, 1, True)
+        gemm(swiglu_halves(both, LIMIT), y, w2, w2_scale, 1, True)
         return y.view(tokens, top_k, hidden).sum(1)
+
+    return op
+
+
+@cache
+def _tokenspeed_kernel() -> ModuleType:
+    """The module of its kernel, without the rest of its package.
+
+    That package's `__init__` files import all kernel libraries that it can use (cutlass, flashinfer, …) and ask for a
+    GPU, which this kernel does not: so packages without contents stand for them meanwhile. Its Triton,
+    tokenspeed_triton, is a build of Triton under a name of its own; where it is not installed, this process's Triton
+    goes by that name.
+    """
+    package = "tokenspeed_kernel"
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"{package} is not installed")
+    if find_spec("tokenspeed_triton") is None:
+        _lend_triton("tokenspeed_triton")
+    before = set(sys.modules)
+    for parts in ((), ("ops",), ("ops", "moe"), ("ops", "moe", "triton")):
+        empty = ModuleType(".".join((package, *parts)))
+        empty.__path__ = [str(Path(spec.origin).parent.joinpath(*parts))]
+        sys.modules.setdefault(empty.__name__, empty)
+    try:
+        return import_module(f"{package}.ops.moe.triton.mxfp4")
+    finally:
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] == package:  # who imports it later gets all of it
+                del sys.modules[name]
+
+
+def _lend_triton(name: str) -> None:
+    """Let what that kernel imports of a Triton of this name be this process's."""
+    for module in ("experimental.gluon.language", "language.extra.libdevice", "tools.tensor_descriptor"):
+        import_module(f"triton.{module}")
+    with suppress(ImportError):
+        import_module("triton.profiler")
+    ours = {path: module for path, module in sys.modules.items() if path.partition(".")[0] == "triton"}
+    sys.modules.update({path.replace("triton", name, 1): module for path, module in ours.items()})
+
+
+def tokenspeed(shape: RankShape, weights: Weights) -> Op:
+    """With activations as they come (its "input"), which it multiplies by weights decoded to bf16."""
+    kernel = _tokenspeed_kernel()
+    plan = {"activation": "swiglu", "internal_activation_dtype": "input"}
+    layer = SimpleNamespace(
+        activation="swiglu",
+        swiglu_arg=SimpleNamespace(alpha=1.0, limit=LIMIT),
+        w13_weight=weights.w13,
+        w13_weight_scale=weights.w13_scale,
+        w2_weight=weights.w2,
+        w2_weight_scale=weights.w2_scale,
+    )
+    kernel.triton_mxfp4_moe_weights(plan, layer)
+
+    def op(batch: Batch) -> Tensor:
+        local = weights.expert_map[batch.ids]  # its caller's work too; it passes over -1
+        result: Tensor = kernel.triton_mxfp4_precomputed_moe_apply(plan, batch.x, layer, None, batch.weights, local)
+        return result
 
     return op

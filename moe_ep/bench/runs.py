@@ -1,6 +1,8 @@
 """One case timed for each contender, and the lines that come of it."""
 
 import gc
+import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 
 from moe_ep.bench.cases import Batch, RankShape, Routing, Weights, random_batch, random_weights
-from moe_ep.bench.clock import Rates, eager_us, graph_us
+from moe_ep.bench.clock import Rates, eager_us, graph_us, until
 from moe_ep.bench.contenders import Contender
 from moe_ep.bench.exact import exact
 from moe_ep.bench.peers import Op
@@ -63,23 +65,31 @@ def time_shape(
     contenders: Sequence[Contender],
     rates: Rates,
     device: torch.device,
+    limit: float | None = None,
 ) -> Iterator[Line]:
-    """A line for each case and contender, as it is measured. Each op has other tokens and, in turn, other weights."""
+    """A line for each case and contender, as it is measured. Each op has other tokens and, in turn, other weights.
+
+    limit: seconds that a contender has for all cases. Those that it does not come to have a line that says so.
+    """
     sets = max(1, min(_MOST_SETS, round(_ROTATED_BYTES / (shape.held * shape.expert_bytes))))
     weights = [random_weights(shape, device, seed) for seed in range(sets)]
     for contender in contenders:
-        ops, failure = _prepared(contender, shape, weights)
+        deadline = math.inf if limit is None else time.monotonic() + limit
+        ops, failure = _prepared(contender, shape, weights, deadline)
         for tokens, routing in cases:
             batches = [random_batch(shape, tokens, routing, device, seed) for seed in range(_batches(tokens, sets))]
-            yield _time(shape, routing, contender, ops, failure, weights[0], batches, rates, device)
+            yield _time(shape, routing, contender, ops, failure, weights[0], batches, rates, device, deadline)
         del ops
         gc.collect()
 
 
-def _prepared(contender: Contender, shape: RankShape, weights: list[Weights]) -> tuple[list[Op], str | None]:
+def _prepared(
+    contender: Contender, shape: RankShape, weights: list[Weights], deadline: float
+) -> tuple[list[Op], str | None]:
     """Its ops, or why there are none: a peer that cannot be imported or set up must not end the others' run."""
     try:
-        return [contender.prepare(shape, one) for one in weights], None
+        with until(deadline):
+            return [contender.prepare(shape, one) for one in weights], None
     except Exception as caught:
         return [], f"{type(caught).__name__}: {caught}"
 
@@ -98,6 +108,7 @@ def _time(
     batches: list[Batch],
     rates: Rates,
     device: torch.device,
+    deadline: float,
 ) -> Line:
     locals_ = [batch.local(shape.held) for batch in batches]
     hit = sum(len(ids.unique()) for ids in locals_) / len(batches)
@@ -107,11 +118,12 @@ def _time(
     try:
         if failure is None:
             works = [partial(ops[i % len(ops)], batch) for i, batch in enumerate(batches)]
-            eager = eager_us(works, device)
-            if device.type == "cuda" and contender.capturable:
-                graph = graph_us(works)
-            if contender.checked:
-                error = relative_error(ops[0], weights, batches[0], contender.activations)
+            with until(deadline):
+                eager = eager_us(works, device)
+                if contender.checked:
+                    error = relative_error(ops[0], weights, batches[0], contender.activations)
+                if device.type == "cuda" and contender.capturable:
+                    graph = graph_us(works)
     except Exception as caught:  # nor must one that does not take a shape
         failure = f"{type(caught).__name__}: {caught}"
     line = Line(

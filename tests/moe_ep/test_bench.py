@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -14,15 +16,16 @@ import torch
 
 from moe_ep import tables
 from moe_ep.backends.triton_kernel import Impl
-from moe_ep.bench import report, tuner
-from moe_ep.bench.cases import SHAPES, Batch, RankShape, Weights, random_batch
+from moe_ep.bench import peers, report, tuner
+from moe_ep.bench.cases import SHAPES, Batch, RankShape, Routing, Weights, random_batch, random_weights
 from moe_ep.bench.check import check
 from moe_ep.bench.clock import Rates
 from moe_ep.bench.contenders import CONTENDERS, Contender
 from moe_ep.bench.peers import Op
-from moe_ep.bench.runs import Line, time_shape
+from moe_ep.bench.runs import Line, relative_error, time_shape
 from moe_ep.bench.tuner import families, table_of, tuned_impl
 from moe_ep.kernels.launch import Gemm, LaunchConfig
+from tests.engines.on_cpu import forgotten, installed_at
 from tests.gfx942.driver import emulated
 
 CPU = torch.device("cpu")
@@ -107,9 +110,82 @@ def test_lines_are_printed_kept_and_drawn(lines: list[Line], tmp_path: Path) -> 
     assert (tmp_path / "lines.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_kernel_whose_time_is_used_up_is_left_and_the_next_one_is_timed() -> None:
+    def slow(shape: RankShape, weights: Weights) -> Op:
+        def op(batch: Batch) -> torch.Tensor:
+            while True:
+                time.sleep(0.01)
+
+        return op
+
+    contenders = [Contender("slow", slow), CONTENDERS["reference"]]
+    rates = Rates(copy=1e10, matmul=1e11)
+    lines = list(time_shape(TINY, [(1, "uniform"), (2, "uniform")], contenders, rates, CPU, limit=2))
+    assert [(line.kernel, line.failure) for line in lines] == [
+        *[("slow", "TimeoutError: its time was used up")] * 2,
+        *[("reference", None)] * 2,
+    ]
+
+
 def test_peers_that_are_not_installed_are_left_out() -> None:
     assert not CONTENDERS["marlin"].available
     assert CONTENDERS["reference"].available
+
+
+@pytest.fixture
+def fresh_tokenspeed() -> Iterator[None]:
+    """The peer's kernel is imported anew within, whatever was imported before."""
+    peers._tokenspeed_kernel.cache_clear()
+    with forgotten("tokenspeed_kernel", "tokenspeed_triton"):
+        yield
+    peers._tokenspeed_kernel.cache_clear()
+
+
+_TOKENSPEED = """
+from tokenspeed_kernel.ops.moe.triton._beside import tl
+
+def triton_mxfp4_moe_weights(plan, layer):
+    assert plan["internal_activation_dtype"] == "input"
+    assert layer.w13_weight.shape[1] == 2 * layer.w2_weight.shape[2] * 2
+
+def triton_mxfp4_precomputed_moe_apply(plan, x, layer, router_logits, topk_weights, topk_ids):
+    return topk_ids
+"""
+
+
+def test_of_tokenspeed_only_its_portable_kernel_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_tokenspeed: None
+) -> None:
+    if any(installed_at(package) for package in ("tokenspeed_kernel", "tokenspeed_triton")):
+        pytest.skip("the installed package is tested instead: both cannot be imported in one process")
+    folder = tmp_path / "tokenspeed_kernel/ops/moe/triton"
+    folder.mkdir(parents=True)
+    for parent in (folder, *list(folder.parents)[:3]):
+        (parent / "__init__.py").write_text("import cutlass, flashinfer")
+    (folder / "_beside.py").write_text("from tokenspeed_triton import language as tl\nimport tokenspeed_triton")
+    (folder / "mxfp4.py").write_text(_TOKENSPEED)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert CONTENDERS["tokenspeed"].available
+    op = CONTENDERS["tokenspeed"].prepare(TINY, random_weights(TINY, CPU, 0))
+    batch = random_batch(TINY, 9, "uniform", CPU, 0)
+    assert torch.equal(op(batch), torch.where(batch.ids < TINY.held, batch.ids, -1)), "experts are local, or -1"
+    assert not [name for name in sys.modules if name.startswith("tokenspeed_kernel")], "later imports get all of it"
+
+
+@pytest.mark.skipif(not installed_at("tokenspeed_kernel"), reason="tokenspeed-kernel is not installed")
+@pytest.mark.parametrize("routing", ["uniform", "one"])
+def test_tokenspeed_s_kernel_is_called_as_it_wants(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch, fresh_tokenspeed: None
+) -> None:
+    kernel = peers._tokenspeed_kernel()
+    monkeypatch.setattr(kernel, "triton_mxfp4_moe_weights", lambda plan, layer: None)  # these two want a GPU's tensors
+    monkeypatch.setattr(
+        kernel, "_validate", lambda plan, x, layer, weights, ids, *_: (weights, ids, plan["activation"])
+    )
+    monkeypatch.setattr(kernel, "_num_programs", lambda *_: 5)
+    weights, batch = random_weights(TINY, CPU, 0), random_batch(TINY, 9, routing, CPU, 1)
+    with emulated():
+        assert relative_error(CONTENDERS["tokenspeed"].prepare(TINY, weights), weights, batch) < 5e-3
 
 
 @pytest.mark.parametrize(
