@@ -16,8 +16,13 @@ LONGEST = (
     BREAKS_A_LAB,
     "tests/test_end_to_end.py",
     ONE_LAB,
+    "tests/engines/test_external.py",
+    "tests/moe_ep/test_layer.py",
+    "tests/engine/test_ranks.py",
+    "tests/moe_ep/test_kernels.py",
+    "tests/test_ci_examples.py",
 )
-"""What is begun first, so that no worker is left with it at the end."""
+"""What takes half a minute to minutes (--durations says what does) is begun first: no worker ends long after others."""
 
 
 @pytest.fixture
