@@ -34,7 +34,9 @@ def main(
     tokens: Annotated[list[int], typer.Option(help="seen by the rank")] = [1, 8, 32, 128, 512, 2048, 8192],  # noqa: B006
     routing: Annotated[list[str], typer.Option(help=f"of {', '.join(ROUTINGS)}")] = ["uniform"],  # noqa: B006
     kernel: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(CONTENDERS)}; all that are here")] = None,
-    limit: Annotated[float | None, typer.Option(help="seconds for each kernel and shape, then the next; none")] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0.1, help="seconds for each kernel and shape, then the next; none")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="where to write the lines, as they come")] = None,
     plot: Annotated[Path | None, typer.Option(help="where to draw them; takes matplotlib")] = None,
     drawn: Annotated[Path | None, typer.Option("--from", help="draw what an earlier run wrote, time nothing")] = None,

@@ -89,7 +89,7 @@ def triton_kernels(shape: RankShape, weights: Weights) -> Op:
 
     def op(batch: Batch) -> Tensor:
         row = weights.expert_map[batch.ids].flatten()
-        by_row, order = row.to(torch.uint8).sort(stable=True)  # -1 is 255: remote routes come last, and no GEMM's rows
+        by_row, order = row.to(torch.uint8).sort(stable=True)  # -1 is 255: remote routes come last, in no GEMM's rows
         counts = torch.searchsorted(by_row, bounds, out_int32=True).diff()
         route = order.int()
         routing = ogs.RoutingData(
