@@ -13,6 +13,7 @@ _SHIFT_BLOCK = 4096  # elements of x a program
 _CHUNK = 64  # the most routes a program places at once
 _PAIRS = 2**16  # the most pairs of a route and an expert that a program compares at once
 _WRITTEN = 64  # blocks a program
+_COUNTS = 2**13  # the most counts of a tile and an expert that a program adds at once
 _TILES = 256  # for more routes they grow, since each program adds up the counts of all
 _ALONE = 1024  # up to these routes, counting all in every program is faster than one launch more
 _WARPS = 8
@@ -107,6 +108,7 @@ def planner(
         "BLOCK_A": triton.next_power_of_2(max(routes, tile)) if alone else tile,
         "BLOCK_R": chunk,
         "BLOCK_B": _WRITTEN,
+        "BLOCK_C": max(16, min(triton.next_power_of_2(tiles), _COUNTS // width)),
     }
     place = {**options, "ALONE": alone, **own}
     return Planner(

@@ -1,6 +1,6 @@
 """The experts as Triton and Gluon kernels: plan the routes, two grouped GEMMs, combine."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,7 +26,6 @@ from moe_ep.kernels.launch import (
     choose,
     choose_fp8,
     fit_down,
-    programs_at_once,
     tile,
 )
 from moe_ep.order import TILE_ROWS, KernelOrder, order_in_place
@@ -34,6 +33,9 @@ from moe_ep.rounding import Rounder, local_rounder, rounder, rounding_parts
 from moe_ep.spec import ActivationDtype, MoELayerSpec
 from moe_ep.weights import ExpertWeights
 
+GemmLaunch = Callable[..., None]
+"""A `BoundLaunch`, or a `kernels.boxes.BoxedLaunch`, which is imported only where Gluon runs."""
+_Gemms = tuple[GemmLaunch, GemmLaunch]
 Impl = Literal["triton_kernel", "gluon_kernel"]
 """The backends that launch these kernels."""
 
@@ -41,6 +43,9 @@ _COMBINE_BLOCK = 1024
 _TWO_WAVES: dict[str, Any] = {"waves_per_eu": 2}
 """With two waves a SIMD in view the compiler keeps MFMA's sums in vector registers, where they are scaled; else it puts
 them in accumulation registers and copies each out, half an operation a weight."""
+_GATHERING, _COPYING = (224, 56), (240, 24)
+"""Registers of a warpgroup kernel's threads, of those that multiply and of those that copy: the latter keep a row for
+each of the pieces that they gather, or nothing."""
 _KEPT_SHAPES = 4096  # ops of other shapes that are kept ready: every number of tokens of a prefill is one
 
 
@@ -183,8 +188,8 @@ class _Shape:
 
     @property
     def copied(self) -> bool:
-        """Whether asynchronous copies take the activations and codes."""
-        return all(self.aligned[:3])
+        """Whether asynchronous copies take the activations, codes and scales."""
+        return all(self.aligned[:5])
 
 
 @dataclass(frozen=True)
@@ -192,8 +197,8 @@ class _Op:
     """An op's launches and the memory between them, ready for one shape."""
 
     plan: Planner
-    gate_up: BoundLaunch
-    down: BoundLaunch
+    gate_up: GemmLaunch
+    down: GemmLaunch
     combine: BoundLaunch
     combine_weighs: bool
     """Whether combine multiplies by the routing weights, and not down."""
@@ -221,8 +226,8 @@ class _Cut:
     """
 
     op: _Op
-    first_down: BoundLaunch
-    down: BoundLaunch
+    first_down: GemmLaunch
+    down: GemmLaunch
     """With multiprocessors spared."""
     combine: BoundLaunch
     y: Tensor
@@ -368,7 +373,7 @@ def _cdna3(kernel: Any, blocks: int, rows: int, gemm: Gemm, constants: dict[str,
     return BoundLaunch(kernel, programs, own, warps=gemm.warps, stages=gemm.stages, **_TWO_WAVES)
 
 
-def _gemms(shape: _Shape, config: LaunchConfig, blocks: int) -> tuple[BoundLaunch, BoundLaunch]:
+def _gemms(shape: _Shape, config: LaunchConfig, blocks: int) -> _Gemms:
     common = {"HIDDEN": shape.hidden, "INTER": shape.inner, "BLOCK_M": config.block_m}
     gate_up: dict[str, Any] = {
         **common,
@@ -402,20 +407,13 @@ def _gemms(shape: _Shape, config: LaunchConfig, blocks: int) -> tuple[BoundLaunc
     gate_up |= {"PDL": shape.target.pdl, "STAGES": config.gate_up.stages}
     down |= {"PDL": shape.target.pdl, "STAGES": config.down.stages}
     # Gluon is imported only where it runs: the interpreter has none, and only some devices have these kernels.
-    if config.kernel == "stream":
-        from moe_ep.kernels.stream import down_stream as down_gluon
-        from moe_ep.kernels.stream import gate_up_stream as gate_up_gluon
+    if config.kernel == "warpgroup":
+        return _warpgroup(shape, config, blocks, gate_up, down)
+    from moe_ep.kernels.stream import down_stream as down_gluon
+    from moe_ep.kernels.stream import gate_up_stream as gate_up_gluon
 
-        gate_up |= {"CDNA": shape.target.backend == "hip", "SLICES": config.gate_up.slices}
-        down |= {"CDNA": shape.target.backend == "hip", "SLICES": config.down.slices}
-    else:
-        from moe_ep.kernels.warpgroup import down_warpgroup as down_gluon
-        from moe_ep.kernels.warpgroup import gate_up_warpgroup as gate_up_gluon
-
-        return (
-            _warpgroup(gate_up_gluon, shape, blocks, shape.inner, config.gate_up, gate_up),
-            _warpgroup(down_gluon, shape, blocks, shape.hidden // 2, config.down, down),
-        )
+    gate_up |= {"CDNA": shape.target.backend == "hip", "SLICES": config.gate_up.slices}
+    down |= {"CDNA": shape.target.backend == "hip", "SLICES": config.down.slices}
     two_waves = bool(gate_up["CDNA"])
     return (
         _gemm(gate_up_gluon, blocks, shape.inner, config.gate_up, gate_up, two_waves),
@@ -424,14 +422,28 @@ def _gemms(shape: _Shape, config: LaunchConfig, blocks: int) -> tuple[BoundLaunc
 
 
 def _warpgroup(
-    kernel: Any, shape: _Shape, blocks: int, rows: int, gemm: Gemm, constants: dict[str, Any]
-) -> BoundLaunch:
+    shape: _Shape, config: LaunchConfig, blocks: int, gate_up: dict[str, Any], down: dict[str, Any]
+) -> _Gemms:
     """As many programs as the device has at once, each of which makes tiles in turn."""
-    at_once = programs_at_once(constants["BLOCK_M"], gemm.block_n)
-    programs = min(blocks * triton.cdiv(rows, gemm.block_n), at_once * shape.target.processors)
-    own = {**constants, "blocks": blocks, "REGISTERS": 256 // at_once}
-    limit = {"maxnreg": 128} if at_once == 2 else {}
-    return BoundLaunch(kernel, programs, own, warps=gemm.warps, stages=gemm.stages, pdl=constants["PDL"], **limit)
+    from moe_ep.kernels.boxes import BoxedLaunch
+    from moe_ep.kernels.pipe import BOXES
+    from moe_ep.kernels.warpgroup import down_warpgroup, gate_up_warpgroup
+
+    def launch(
+        kernel: Any, rows: int, gemm: Gemm, constants: dict[str, Any], registers: tuple[int, int]
+    ) -> BoundLaunch:
+        programs = min(blocks * (rows // gemm.block_n), shape.target.processors)
+        own = {"blocks": blocks, "REGISTERS": registers[0], "LOADER_REGISTERS": registers[1]}
+        return BoundLaunch(
+            kernel, programs, constants | own, warps=gemm.warps, stages=gemm.stages, pdl=constants["PDL"]
+        )
+
+    first = launch(gate_up_warpgroup, shape.inner, config.gate_up, gate_up, _GATHERING)
+    second = launch(down_warpgroup, shape.hidden // 2, config.down, down, _COPYING)
+    return (
+        BoxedLaunch(first, 2, config.gate_up.block_n),
+        BoxedLaunch(second, 1, config.down.block_n, config.block_m // BOXES.value),
+    )
 
 
 def _gemm(
@@ -597,7 +609,7 @@ def _first_gemm(op: _Op, inputs: _Inputs) -> None:
 
 
 def _second_gemm(
-    op: _Op, inputs: _Inputs, down: BoundLaunch, combine: BoundLaunch, y: Tensor, block_expert: Tensor, out: Tensor
+    op: _Op, inputs: _Inputs, down: GemmLaunch, combine: BoundLaunch, y: Tensor, block_expert: Tensor, out: Tensor
 ) -> None:
     """y of h, and out of y."""
     plan, rounds = op.plan.plan, op.rounder

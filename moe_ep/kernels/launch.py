@@ -64,9 +64,8 @@ class Table:
     """Those for activations that are multiplied as fp8."""
 
 
-_WARPGROUP_BYTES = {1: 218 * 1024, 2: 106 * 1024}
-"""Shared memory for what is copied ahead, by programs a multiprocessor: of Hopper's 227 KiB some is for turning
-results."""
+_WARPGROUP_BYTES = 218 * 1024
+"""Shared memory for what is copied ahead: of Hopper's 227 KiB some is for turning results."""
 
 FALLBACK = "fallback: tiles for any device and shape"
 """The source of configurations that no table gives."""
@@ -154,20 +153,10 @@ def _fit_stream(gemm: Gemm, k: int, n: int) -> Gemm | None:
     return Gemm(block_n, slices * min(across, block_n // 16), stages, slices)
 
 
-def programs_at_once(block_m: int, block_n: int) -> int:
-    """Programs of the warpgroup kernel that share a multiprocessor: two where a warpgroup has 64 rows of weights and at
-    most 64 routes, for which 128 registers are enough.
-
-    One begins while the other ends, and the next kernel while this one does; but both copy activations.
-    """
-    return 2 if block_n == 64 and block_m <= 64 else 1
-
-
 def _fit_warpgroup(gemm: Gemm, block_m: int, k: int, n: int) -> Gemm | None:
     block_n = _halved(gemm.block_n, n)
     group_bytes = 128 * (2 * block_m + block_n) + 8 * block_n  # of activations, codes, scales
-    room = _WARPGROUP_BYTES[programs_at_once(block_m, block_n)]
-    stages = min(gemm.stages, k // 128 + 1, room // group_bytes)  # all but one are copied ahead
+    stages = min(gemm.stages, _WARPGROUP_BYTES // group_bytes)
     if k % 128 or block_n < 64 or stages < 3:  # each warpgroup takes 64 rows of both matrices
         return None
     return replace(gemm, block_n=block_n, stages=stages)

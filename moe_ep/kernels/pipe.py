@@ -1,8 +1,8 @@
-"""A pipe of groups through shared memory, which two warpgroups of a Hopper program fill and multiply from.
+"""A pipe of groups through shared memory, which loaders fill and two warpgroups of a Hopper program multiply from.
 
-They share a stage's activations, and take turns at the matrix units. Each copies its rows' words and scales, and half
-of the activations; the activations stay in shared memory as the right operand, the weights are decoded in registers as
-the left one.
+A group is 128 k: activations, which all share, and each warpgroup's words and scales. Words and scales come by the copy
+engine, a box of each for a warpgroup. Activations stay in shared memory as the right operand, weights are decoded in
+registers as the left one.
 """
 
 from triton import constexpr_function
@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -21,8 +22,13 @@ from moe_ep.kernels.fragments import decode_scaled
 # Triton 3.9 has another name for it.
 _copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
-# Eight rows of 64 bytes a warp: a thread has few rows, whose pointers it keeps.
-COPIES = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
+WARPGROUPS = gl.constexpr(2)
+# Activations lie as two panels of 64 k, which come in boxes of a quarter of the rows, as many as there are routes.
+PANELS = gl.constexpr(2)
+BOXES = gl.constexpr(4)
+PANEL = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+# Two warps copy eight rows' parts of a panel at once.
+COPIES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0]))
 
 
 @constexpr_function
@@ -53,9 +59,8 @@ def columns(WIDTH, i):
 
 @constexpr_function
 def widths(BLOCK_M):
-    """Columns that a tile may have, for blocks that are not full: quarters, and of 128 also eighths from the half on,
-    below which memory is the bound."""
-    return [32, 64, 80, 96, 112, 128] if BLOCK_M == 128 else [BLOCK_M * i // 4 for i in range(1, 5)]
+    """Columns that a tile may have, for blocks that are not full. A piece of 16 takes as long as one of 32."""
+    return [32, 64, 80, 96, 128] if BLOCK_M == 128 else [BLOCK_M // 4, BLOCK_M // 2, BLOCK_M]
 
 
 @constexpr_function
@@ -70,58 +75,126 @@ def width(BLOCK_M, i):
 
 
 @constexpr_function
+def pending(STAGES):
+    """Groups that are copied by threads and not handed over yet."""
+    return 2 if STAGES > 4 else 1
+
+
+@constexpr_function
 def accumulator_layout(COLUMNS):
     """[64, COLUMNS] of one warpgroup."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
 
 
 @constexpr_function
-def steps_ahead(STAGES):
-    """How many groups are copied ahead, two or more. With stages to spare, one is left for who is behind."""
-    return STAGES - 1 if STAGES < 5 else STAGES - 2
+def rows_layout(ROWS, TURNS, ELEMENTS):
+    """How a warpgroup's rows of words (32 elements each) or scales (1) lie, as the copy engine has left them.
+
+    With TURNS there are two matrices' rows, half of each, of which eight in turn make a tile: then a lane's two rows of
+    each product are one of gate and the same of up. Rows of 64 bytes are swizzled: two rows a phase, four phases of 16
+    bytes, so that eight rows' parts lie in different banks.
+    """
+    bases = [[0, 1 << i] for i in range(5)] if ELEMENTS == 32 else []
+    phase = {2: 8, 4: 16} if ELEMENTS == 32 else {}
+    row = 1
+    while row < (ROWS // 2 if TURNS else ROWS):
+        place = 2 * row if TURNS and row >= 8 else row
+        bases.append([place, phase.get(row, 0)] if ELEMENTS == 32 else [place])
+        row *= 2
+    if TURNS:
+        bases.append([8, 0] if ELEMENTS == 32 else [8])
+    return gl.SharedLinearLayout(bases, [], 1024 if ELEMENTS == 32 else 128)
 
 
 @gluon.jit
-def open_pipe(BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    """For each stage: activations [BLOCK_M, 128], words [2·BLOCK_N, 32], scales [2·BLOCK_N], two barriers.
+def open_pipe(words_desc, scales_desc, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constexpr):
+    """For each stage: activations, words and scales in the copy engine's boxes, and two barriers.
 
-    `ready` is for those who read a stage, `free` for those who fill it. Each warpgroup has a barrier for its turn.
+    `ready` is for those who read a stage, which FILLERS say; `free` for those who fill it.
     """
-    x = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_M, 128], gl.NVMMASharedLayout(128, 16, 2))
-    # 64 bytes a row: two rows a phase, four phases of 16 bytes, so that eight rows' parts lie in different banks.
-    w_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
-    words = gl.allocate_shared_memory(gl.uint16, [STAGES, 2 * BLOCK_N, 32], w_layout)
-    fields = gl.allocate_shared_memory(gl.uint32, [STAGES, 2 * BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    x = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PANELS, BLOCK_M, 64], PANEL)
+    boxes: gl.constexpr = STAGES * WARPGROUPS
+    words = gl.allocate_shared_memory(gl.uint16, [boxes] + words_desc.block_type.shape, words_desc.layout)
+    scales = gl.allocate_shared_memory(gl.uint32, [boxes] + scales_desc.block_type.shape, scales_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for half in gl.static_range(2):
-        mbarrier.init(turn.index(half), count=1)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(ready.index(stage), count=2)
-        mbarrier.init(free.index(stage), count=2)
-    return x, words, fields, ready, free, turn
+        mbarrier.init(ready.index(stage), count=FILLERS)
+        mbarrier.init(free.index(stage), count=WARPGROUPS)
+    return x, words, scales, ready, free
 
 
 @gluon.jit
-def _fill(pipe, sources, group, index, HALF: gl.constexpr, STAGES: gl.constexpr):
-    """Begin to copy this warpgroup's part of a group, the index-th since the kernel began, once its stage is free."""
+def wait_free(pipe, index, STAGES: gl.constexpr):
+    """Wait until the stage of the index-th group since the kernel began may be filled."""
+    mbarrier.wait(pipe[4].index(index % STAGES), index // STAGES % 2 ^ 1)
+
+
+@gluon.jit
+def expect(pipe, index, BYTES: gl.constexpr, pred, STAGES: gl.constexpr):
+    mbarrier.expect(pipe[3].index(index % STAGES), BYTES, pred=pred)
+
+
+@gluon.jit
+def fill_weights(
+    pipe, words_desc, scales_desc, place, group, index, WARPGROUP: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Begin to copy a warpgroup's words and scales, from a box's place (16-row tile) or (matrix, 16-row tile) on."""
     stage = index % STAGES
-    x, words, fields, _ready, free, _turn = pipe
-    x_rows, inside, word_rows, field_rows = sources
-    mbarrier.wait(free.index(stage), index // STAGES % 2 ^ 1)
-    _copy(x.index(stage).slice(HALF * x_rows.shape[0], x_rows.shape[0]), x_rows + group * 128, mask=inside)
-    _copy(words.index(stage).slice(HALF * word_rows.shape[0], word_rows.shape[0]), word_rows + group * 512)
-    _copy(fields.index(stage).slice(HALF * word_rows.shape[0], word_rows.shape[0]), field_rows + group * 16)
-    async_copy.commit_group()
+    ready = pipe[3].index(stage)
+    words = pipe[1].index(stage * WARPGROUPS + WARPGROUP)
+    scales = pipe[2].index(stage * WARPGROUPS + WARPGROUP)
+    tma.async_copy_global_to_shared(words_desc, place + (group, 0, 0), ready, words)
+    tma.async_copy_global_to_shared(scales_desc, place + (group, 0), ready, scales)
 
 
 @gluon.jit
-def _hand_over(pipe, index, exists, PENDING: gl.constexpr, STAGES: gl.constexpr):
-    """Wait for this warpgroup's part of the index-th group, since when PENDING were begun, and say that it is there."""
-    async_copy.wait_group(PENDING)
+def fill_boxes(pipe, rows_desc, row, boxes, group, index, BLOCK_M: gl.constexpr, STAGES: gl.constexpr):
+    """Begin to copy activations from `row` on by the copy engine, `boxes` of each panel."""
+    stage = index % STAGES
+    box_rows: gl.constexpr = BLOCK_M // BOXES
+    x = pipe[0]._reinterpret(gl.bfloat16, [STAGES * PANELS * BOXES, box_rows, 64], PANEL)
+    for panel in gl.static_range(PANELS):
+        for box in gl.static_range(BOXES):
+            tma.async_copy_global_to_shared(
+                rows_desc, [row + box * box_rows, group * 128 + panel * 64], pipe[3].index(stage),
+                x.index((stage * PANELS + panel) * BOXES + box), pred=box < boxes,
+            )  # fmt: skip
+
+
+@gluon.jit
+def fill_rows(pipe, x_ptr, rows, inside, group, index, STAGES: gl.constexpr):
+    """Begin to copy activations, and hand over those of an earlier group; rows [BLOCK_M] in groups of 128."""
+    behind: gl.constexpr = pending(STAGES)
+    stage = index % STAGES
+    copies: gl.constexpr = COPIES
+    k = gl.arange(0, 64, layout=gl.SliceLayout(0, copies))
+    # In text that the compiler does not look into: else it keeps a pointer of 64 bits for each row.
+    here = gl.inline_asm_elementwise(
+        "add.s32 $0, $1, $2;", "=r,r,r", [rows, group], dtype=gl.int32, is_pure=True, pack=1
+    )
+    offsets = (here * 128)[:, None] + k[None, :]
+    for panel in gl.static_range(PANELS):
+        _copy(pipe[0].index(stage * PANELS + panel), x_ptr + panel * 64 + offsets, mask=inside[:, None])
+    async_copy.commit_group()
+    async_copy.wait_group(behind)
+    _hand_over(pipe, index - behind, STAGES)
+
+
+@gluon.jit
+def hand_over_last(pipe, index, STAGES: gl.constexpr):
+    """After the last of `index` groups: hand over what is not."""
+    behind: gl.constexpr = pending(STAGES)
+    for left in gl.static_range(behind):
+        async_copy.wait_group(behind - 1 - left)
+        _hand_over(pipe, index - behind + left, STAGES)
+
+
+@gluon.jit
+def _hand_over(pipe, index, STAGES: gl.constexpr):
+    """Say that the threads' part of a group is there, if there is such a group."""
     fence_async_shared()
-    mbarrier.arrive(pipe[3].index(index % STAGES), count=1, pred=exists)
+    mbarrier.arrive(pipe[3].index((index + STAGES) % STAGES), count=1, pred=index >= 0)
 
 
 @gluon.jit
@@ -130,19 +203,19 @@ def _zeros(COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _product(acc, w, x, FIRST: gl.constexpr, COLUMNS: gl.constexpr, block: gl.constexpr):
+def _product(acc, w, panel, FIRST: gl.constexpr, COLUMNS: gl.constexpr, block: gl.constexpr):
     left: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(COLUMNS), 2)
-    right = x.slice(FIRST, COLUMNS, 0).slice(32 * block, 32, 1).permute((1, 0))
+    right = panel.slice(FIRST, COLUMNS, 0).slice(32 * (block % 2), 32, 1).permute((1, 0))
     return warpgroup_mma(gl.convert_layout(w, left), right, acc, is_async=True)
 
 
 @gluon.jit
-def _multiply(accs, w, x, WIDTH: gl.constexpr, TILE: gl.constexpr, block: gl.constexpr):
+def _multiply(accs, w, panel, WIDTH: gl.constexpr, TILE: gl.constexpr, block: gl.constexpr):
     """Begin one block's products of the TILE-th 64 rows."""
     count: gl.constexpr = piece_count(WIDTH)
     found = ()
     for i in gl.static_range(count):
-        acc = _product(accs[TILE * count + i], w, x, first_column(WIDTH, i), columns(WIDTH, i), block)
+        acc = _product(accs[TILE * count + i], w, panel, first_column(WIDTH, i), columns(WIDTH, i), block)
         found = found + (acc,)  # type: ignore[assignment]
     return accs[: TILE * count] + found + accs[TILE * count + count :]
 
@@ -155,92 +228,34 @@ def _wait(accs):
 
 
 @gluon.jit
-def _own(buffers, stage, TILE: gl.constexpr, layout: gl.constexpr):
-    """The TILE-th 64 rows of a stage."""
-    return buffers.index(stage).slice(64 * TILE, 64).load(layout)
-
-
-@gluon.jit
 def products(
-    pipe, sources, first, HALF: gl.constexpr, TILES: gl.constexpr, GROUPS: gl.constexpr, WIDTH: gl.constexpr,
-    STAGES: gl.constexpr,
+    pipe, first, WARPGROUP: gl.constexpr, TILES: gl.constexpr, TURNS: gl.constexpr, GROUPS: gl.constexpr,
+    WIDTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """This warpgroup's TILES times [64, WIDTH], in pieces; `first` is the index of the tile's first group."""
-    ahead: gl.constexpr = steps_ahead(STAGES)
     count: gl.constexpr = piece_count(WIDTH)
     left: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(columns(WIDTH, 0)), 2)
-    x, words, fields, ready, free, turn = pipe
+    rows: gl.constexpr = 64 * TILES
+    x, words, scales, ready, free = pipe
     accs = ()
     for i in gl.static_range(TILES * count):
         accs = accs + (_zeros(columns(WIDTH, i % count)),)  # type: ignore[assignment]
     for group in range(GROUPS):
         index = first + group
         stage = index % STAGES
+        own = stage * WARPGROUPS + WARPGROUP
+        own_words = words.index(own)._reinterpret(gl.uint16, [rows, 32], rows_layout(rows, TURNS, 32))
+        own_scales = scales.index(own)._reinterpret(gl.uint32, [rows], rows_layout(rows, TURNS, 1))
         mbarrier.wait(ready.index(stage), index // STAGES % 2)
-        w = ()
         for tile in gl.static_range(TILES):
-            raw = _own(words, stage, HALF * TILES + tile, left)
-            scales = _own(fields, stage, HALF * TILES + tile, gl.SliceLayout(1, left))[:, None]
+            raw = own_words.slice(64 * tile, 64).load(left)
+            fields = own_scales.slice(64 * tile, 64).load(gl.SliceLayout(1, left))[:, None]
+            # The trick: one tile's weights are decoded while the one before is multiplied, and the other warpgroup's.
+            w = ()
             for block in gl.static_range(4):
-                w = w + (decode_scaled(raw, scales, block),)  # type: ignore[assignment]
-        # The trick: the warpgroups take turns at the matrix units. While one multiplies a whole group, the other
-        # decodes its own and copies later ones.
-        mbarrier.wait(turn.index(HALF), index % 2 if HALF else index % 2 ^ 1)
-        for i in gl.static_range(4 * TILES):
-            if i == 4 * TILES - 1:  # what is under way by then outlasts the handing over
-                mbarrier.arrive(turn.index(1 - HALF), count=1)
-            accs = _multiply(accs, w[i], x.index(stage), WIDTH, i // 4, i % 4)
-        if group + ahead < GROUPS:
-            _fill(pipe, sources, group + ahead, index + ahead, HALF, STAGES)
-        else:
-            async_copy.commit_group()  # of nothing, so that the count holds
-        _hand_over(pipe, index + 2, group + 2 < GROUPS, ahead - 2, STAGES)
+                w = w + (decode_scaled(raw, fields, block),)  # type: ignore[assignment]
+            for block in gl.static_range(4):
+                accs = _multiply(accs, w[block], x.index(stage * PANELS + block // 2), WIDTH, tile, block)
         accs = _wait(accs)
         mbarrier.arrive(free.index(stage), count=1)
     return accs
-
-
-@gluon.jit
-def begin(pipe, sources, first, HALF: gl.constexpr, STAGES: gl.constexpr):
-    """Begin to copy a tile's first groups."""
-    for group in gl.static_range(steps_ahead(STAGES)):
-        _fill(pipe, sources, group, first + group, HALF, STAGES)
-
-
-@gluon.jit
-def hand_over_first(pipe, first, STAGES: gl.constexpr):
-    """Say of a tile's first two groups that this warpgroup's part is there."""
-    ahead: gl.constexpr = steps_ahead(STAGES)
-    for group in gl.static_range(2):
-        _hand_over(pipe, first + group, True, ahead - 1 - group, STAGES)
-
-
-@gluon.jit
-def _row(r, GROUPS: gl.constexpr, FAR: gl.constexpr):
-    """Where row r of a tile lies, in groups: with FAR, eight rows in turn of two matrices that are FAR groups apart.
-
-    Then a lane's two rows of each product are one of gate and the same of up.
-    """
-    n = r // 16 * 8 + r % 8 if FAR else r
-    return (n // 16) * (GROUPS * 16) + n % 16 + (r % 16 // 8 * FAR if FAR else 0)
-
-
-@gluon.jit
-def weight_sources(
-    w_ptr, field_ptr, row, ROWS: gl.constexpr, GROUPS: gl.constexpr, FAR: gl.constexpr, HALF: gl.constexpr
-):
-    """Pointers [ROWS, 32] to the first group's words and [ROWS] to its scales: this warpgroup's rows of a tile."""
-    copies: gl.constexpr = COPIES
-    field_copies: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    r = HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, copies))
-    k = gl.arange(0, 32, layout=gl.SliceLayout(0, copies))
-    # 64 bits for the first row, 32 within the tile.
-    words = w_ptr + row * (GROUPS * 32) + (_row(r, GROUPS, FAR)[:, None] * 32 + k[None, :])
-    r = HALF * ROWS + gl.arange(0, ROWS, layout=field_copies)
-    return words, field_ptr + row * GROUPS + _row(r, GROUPS, FAR)
-
-
-@gluon.jit
-def row_sources(x_ptr, row, WIDTH: gl.constexpr, copies: gl.constexpr):
-    """Pointers [M, 128] to the first group of the activations' rows [M]."""
-    return x_ptr + row.to(gl.int64)[:, None] * WIDTH + gl.arange(0, 128, layout=gl.SliceLayout(0, copies))[None, :]

@@ -1,8 +1,8 @@
 """Both grouped GEMMs for many rows an expert on Hopper, where the matrix units are the bound.
 
-One program a multiprocessor, or two, make one tile after the other with two warpgroups that take turns
-(`kernels.pipe`): while one decodes, the other multiplies. Here scales are applied to the weights, which come out as
-their value times 2^-64; the sums are multiplied by 2^64, so the activations are taken as they are.
+One program a multiprocessor makes one tile after the other: two warpgroups multiply (`kernels.pipe`), one warp feeds
+the copy engine, and for gate and up two warps gather activations. Here scales are applied to the weights, which come
+out as their value times 2^-64; the sums are multiplied by 2^64, so the activations are taken as they are.
 """
 
 from triton.experimental import gluon
@@ -11,17 +11,21 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_ep.kernels.fragments import swiglu
 from moe_ep.kernels.pipe import (
+    BOXES,
     COPIES,
+    WARPGROUPS,
     accumulator_layout,
-    begin,
     columns,
+    expect,
+    fill_boxes,
+    fill_rows,
+    fill_weights,
     first_column,
-    hand_over_first,
+    hand_over_last,
     open_pipe,
     piece_count,
     products,
-    row_sources,
-    weight_sources,
+    wait_free,
     width,
     width_count,
 )
@@ -39,96 +43,132 @@ def _block(plan, blocks, tile, N_TILES: gl.constexpr):
 
 
 @gluon.jit
-def _own(start, HALF: gl.constexpr, ROWS: gl.constexpr):
-    """Positions whose activations this warpgroup copies."""
-    copies: gl.constexpr = COPIES
-    return start + HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, copies))
-
-
-@gluon.jit
-def _tokens(route_ptr, block, HALF: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr):
-    """Tokens of this warpgroup's positions. Those past the block's last repeat it, and are not read."""
+def _tokens(route_ptr, block, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Tokens of a block's positions. Those past its last repeat it, and are not read."""
     expert, start, end = block
-    position = gl.minimum(_own(start, HALF, ROWS), end - 1)
+    copies: gl.constexpr = COPIES
+    position = gl.minimum(start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copies)), end - 1)
     return gl.load(route_ptr + position, mask=(position >= 0) & (expert >= 0), other=0) // TOP_K
 
 
 @gluon.jit
-def _gate_up_sources(
-    x_ptr, w13_ptr, scale_ptr, block, tile, token,
-    HALF: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, BLOCK_N: gl.constexpr,
+def _load_x(
+    x_ptr, plan, blocks, pipe,
+    TOP_K: gl.constexpr, HIDDEN: gl.constexpr, N_TILES: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    expert, start, end = block
-    groups: gl.constexpr = HIDDEN // 128
+    """Copy the activations of all tiles of this program."""
     copies: gl.constexpr = COPIES
-    row = expert.to(gl.int64) * (2 * INTER) + tile % (INTER // BLOCK_N) * BLOCK_N
-    words, fields = weight_sources(w13_ptr, scale_ptr, row, BLOCK_N, groups, INTER * groups, HALF)
-    inside = (_own(start, HALF, token.shape[0]) < end)[:, None]
-    return row_sources(x_ptr, token, HIDDEN, copies), inside, words, fields
+    step = gl.num_programs(0)
+    tile = gl.program_id(0)
+    index = 0
+    block = _block(plan, blocks, tile, N_TILES)
+    while block[0] >= 0:
+        inside = block[1] + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copies)) < block[2]
+        rows = _tokens(plan[0], block, TOP_K, BLOCK_M) * (HIDDEN // 128)
+        following = _block(plan, blocks, tile + step, N_TILES)
+        for group in range(HIDDEN // 128):
+            wait_free(pipe, index, STAGES)
+            fill_rows(pipe, x_ptr, rows, inside, group, index, STAGES)
+            index += 1
+        block = following
+        tile += step
+    hand_over_last(pipe, index, STAGES)
 
 
 @gluon.jit
-def _gate_up(
-    x_ptr, w13_ptr, scale_ptr, bias_ptr, h_ptr, plan, limit, blocks, pipe,
-    HALF: gl.constexpr, TOP_K: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_LIMIT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+def _load_w13(
+    words_desc, scales_desc, plan, blocks, pipe,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup's half of all tiles of this program."""
+    """Copy the weights of all tiles of this program."""
     n_tiles: gl.constexpr = INTER // BLOCK_N
-    rows: gl.constexpr = BLOCK_M // 2
-    inputs = (x_ptr, w13_ptr, scale_ptr)
-    outputs = (h_ptr, bias_ptr, limit)
+    own: gl.constexpr = BLOCK_N // WARPGROUPS // 16
     step = gl.num_programs(0)
     tile = gl.program_id(0)
     index = 0
     block = _block(plan, blocks, tile, n_tiles)
-    following = _block(plan, blocks, tile + step, n_tiles)
-    token = _tokens(plan[0], block, HALF, TOP_K, rows)
-    if block[0] >= 0:
-        sources = _gate_up_sources(x_ptr, w13_ptr, scale_ptr, block, tile, token, HALF, HIDDEN, INTER, BLOCK_N)
-        begin(pipe, sources, index, HALF, STAGES)
     while block[0] >= 0:
-        # What the next tile needs is on its way while this one is made.
-        next_token = _tokens(plan[0], following, HALF, TOP_K, rows)
-        later = _block(plan, blocks, tile + 2 * step, n_tiles)
-        hand_over_first(pipe, index, STAGES)
+        following = _block(plan, blocks, tile + step, n_tiles)
+        row = tile % n_tiles * (BLOCK_N // 16)
+        for group in range(HIDDEN // 128):
+            wait_free(pipe, index, STAGES)
+            expect(pipe, index, 2 * BLOCK_N * (64 + 4), True, STAGES)
+            for half in gl.static_range(WARPGROUPS):
+                at = (2 * block[0], row + half * own)
+                fill_weights(pipe, words_desc, scales_desc, at, group, index, half, STAGES)
+            index += 1
+        block = following
+        tile += step
+
+
+@gluon.jit
+def _load_down(
+    rows_desc, words_desc, scales_desc, plan, blocks, pipe,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy all that this program's tiles of the down projection take."""
+    n_tiles: gl.constexpr = HIDDEN // (2 * BLOCK_N)
+    box_rows: gl.constexpr = BLOCK_M // BOXES
+    own: gl.constexpr = BLOCK_N // 16
+    step = gl.num_programs(0)
+    tile = gl.program_id(0)
+    index = 0
+    block = _block(plan, blocks, tile, n_tiles)
+    while block[0] >= 0:
+        following = _block(plan, blocks, tile + step, n_tiles)
+        row = block[0] * (HIDDEN // 16) + tile % n_tiles * (WARPGROUPS * own)
+        boxes = (block[2] - block[1] + box_rows - 1) // box_rows
+        for group in range(INTER // 128):
+            wait_free(pipe, index, STAGES)
+            for some in gl.static_range(1, BOXES + 1):
+                expect(pipe, index, 2 * BLOCK_N * (64 + 4) + some * box_rows * 256, boxes == some, STAGES)
+            for half in gl.static_range(WARPGROUPS):
+                fill_weights(pipe, words_desc, scales_desc, (row + half * own,), group, index, half, STAGES)
+            fill_boxes(pipe, rows_desc, block[1], boxes, group, index, BLOCK_M, STAGES)
+            index += 1
+        block = following
+        tile += step
+
+
+@gluon.jit
+def _gate_up(
+    bias_ptr, h_ptr, plan, limit, blocks, pipe,
+    WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_LIMIT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup's half of all tiles of this program."""
+    n_tiles: gl.constexpr = INTER // BLOCK_N
+    step = gl.num_programs(0)
+    tile = gl.program_id(0)
+    index = 0
+    block = _block(plan, blocks, tile, n_tiles)
+    while block[0] >= 0:
+        following = _block(plan, blocks, tile + step, n_tiles)
         routes = block[2] - block[1]
         for i in gl.static_range(width_count(BLOCK_M)):
             if (routes > width(BLOCK_M, i - 1)) & (routes <= width(BLOCK_M, i)):
                 _gate_up_tile(
-                    inputs, outputs, pipe, index, block, tile, token, following, tile + step, next_token,
-                    HALF, HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_N, width(BLOCK_M, i), STAGES,
+                    bias_ptr, h_ptr, limit, pipe, index, block, tile % n_tiles * BLOCK_N,
+                    WARPGROUP, HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_N, width(BLOCK_M, i), STAGES,
                 )  # fmt: skip
         block = following
-        following = later
-        token = next_token
         tile += step
         index += HIDDEN // 128
 
 
 @gluon.jit
 def _gate_up_tile(
-    inputs, outputs, pipe, index, block, tile, token, following, next_tile, next_token,
-    HALF: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LIMIT: gl.constexpr,
-    BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+    bias_ptr, h_ptr, limit, pipe, index, block, n_first,
+    WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_LIMIT: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Make one tile; the next one's first groups are copied while this one is stored."""
-    tiles: gl.constexpr = BLOCK_N // 64
+    tiles: gl.constexpr = BLOCK_N // (32 * WARPGROUPS)
     count: gl.constexpr = piece_count(WIDTH)
-    x_ptr, w13_ptr, scale_ptr = inputs
-    h_ptr, bias_ptr, limit = outputs
     expert, start, end = block
-    sources = _gate_up_sources(x_ptr, w13_ptr, scale_ptr, block, tile, token, HALF, HIDDEN, INTER, BLOCK_N)
-    accs = products(pipe, sources, index, HALF, tiles, HIDDEN // 128, WIDTH, STAGES)
-    if following[0] >= 0:
-        ahead = _gate_up_sources(
-            x_ptr, w13_ptr, scale_ptr, following, next_tile, next_token, HALF, HIDDEN, INTER, BLOCK_N
-        )
-        begin(pipe, ahead, index + HIDDEN // 128, HALF, STAGES)
-    n_first = tile % (INTER // BLOCK_N) * BLOCK_N
+    accs = products(pipe, index, WARPGROUP, tiles, True, HIDDEN // 128, WIDTH, STAGES)
     row = expert.to(gl.int64) * (2 * INTER) + n_first
     for i in gl.static_range(tiles * count):
-        n = 32 * (HALF * tiles + i // count)
+        n = 32 * (WARPGROUP * tiles + i // count)
         _store_h(
             accs[i], h_ptr, bias_ptr + row + n, limit, n_first + n, start + first_column(WIDTH, i % count), end,
             INTER, HAS_BIAS, HAS_LIMIT, columns(WIDTH, i % count),
@@ -159,74 +199,44 @@ def _store_h(
 
 
 @gluon.jit
-def _down_sources(
-    h_ptr, w2_ptr, scale_ptr, block, tile,
-    HALF: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
-):  # fmt: skip
-    expert, start, end = block
-    copies: gl.constexpr = COPIES
-    row = expert.to(gl.int64) * HIDDEN + tile % (HIDDEN // (2 * BLOCK_N)) * (2 * BLOCK_N)
-    words, fields = weight_sources(w2_ptr, scale_ptr, row, BLOCK_N, INTER // 128, 0, HALF)
-    own = _own(start, HALF, ROWS)
-    return row_sources(h_ptr, own, INTER, copies), (own < end)[:, None], words, fields
-
-
-@gluon.jit
 def _down(
-    h_ptr, w2_ptr, scale_ptr, bias_ptr, y_ptr, plan, blocks, pipe,
-    HALF: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    bias_ptr, y_ptr, plan, blocks, pipe,
+    WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's half of all tiles of this program."""
     n_tiles: gl.constexpr = HIDDEN // (2 * BLOCK_N)
-    rows: gl.constexpr = BLOCK_M // 2
-    inputs = (h_ptr, w2_ptr, scale_ptr)
-    outputs = (y_ptr, bias_ptr, plan[0])
     step = gl.num_programs(0)
     tile = gl.program_id(0)
     index = 0
     block = _block(plan, blocks, tile, n_tiles)
-    following = _block(plan, blocks, tile + step, n_tiles)
-    if block[0] >= 0:
-        sources = _down_sources(h_ptr, w2_ptr, scale_ptr, block, tile, HALF, HIDDEN, INTER, BLOCK_N, rows)
-        begin(pipe, sources, index, HALF, STAGES)
     while block[0] >= 0:
-        later = _block(plan, blocks, tile + 2 * step, n_tiles)
-        hand_over_first(pipe, index, STAGES)
+        following = _block(plan, blocks, tile + step, n_tiles)
         routes = block[2] - block[1]
         for i in gl.static_range(width_count(BLOCK_M)):
             if (routes > width(BLOCK_M, i - 1)) & (routes <= width(BLOCK_M, i)):
                 _down_tile(
-                    inputs, outputs, pipe, index, block, tile, following, tile + step,
-                    HALF, HIDDEN, INTER, HAS_BIAS, BLOCK_N, rows, width(BLOCK_M, i), STAGES,
+                    bias_ptr, y_ptr, plan[0], pipe, index, block, tile % n_tiles * (2 * BLOCK_N),
+                    WARPGROUP, HIDDEN, INTER, HAS_BIAS, BLOCK_N, width(BLOCK_M, i), STAGES,
                 )  # fmt: skip
         block = following
-        following = later
         tile += step
         index += INTER // 128
 
 
 @gluon.jit
 def _down_tile(
-    inputs, outputs, pipe, index, block, tile, following, next_tile,
-    HALF: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_N: gl.constexpr,
-    ROWS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+    bias_ptr, y_ptr, route_ptr, pipe, index, block, n_first,
+    WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Make one tile; the next one's first groups are copied while this one is stored."""
-    tiles: gl.constexpr = BLOCK_N // 64
+    tiles: gl.constexpr = BLOCK_N // (32 * WARPGROUPS)
     count: gl.constexpr = piece_count(WIDTH)
-    h_ptr, w2_ptr, scale_ptr = inputs
-    y_ptr, bias_ptr, route_ptr = outputs
     expert, start, end = block
-    sources = _down_sources(h_ptr, w2_ptr, scale_ptr, block, tile, HALF, HIDDEN, INTER, BLOCK_N, ROWS)
-    accs = products(pipe, sources, index, HALF, tiles, INTER // 128, WIDTH, STAGES)
-    if following[0] >= 0:
-        ahead = _down_sources(h_ptr, w2_ptr, scale_ptr, following, next_tile, HALF, HIDDEN, INTER, BLOCK_N, ROWS)
-        begin(pipe, ahead, index + INTER // 128, HALF, STAGES)
-    n_first = tile % (HIDDEN // (2 * BLOCK_N)) * (2 * BLOCK_N)
+    accs = products(pipe, index, WARPGROUP, tiles, False, INTER // 128, WIDTH, STAGES)
     row = expert.to(gl.int64) * HIDDEN + n_first
     for i in gl.static_range(tiles * count):
-        n = 64 * (HALF * tiles + i // count)
+        n = 64 * (WARPGROUP * tiles + i // count)
         _store_y(
             accs[i], y_ptr, bias_ptr + row + n, route_ptr, n_first + n, start + first_column(WIDTH, i % count), end,
             HIDDEN, HAS_BIAS, columns(WIDTH, i % count),
@@ -255,8 +265,8 @@ def _store_y(
 @gluon.jit(do_not_specialize=["blocks"])
 def gate_up_warpgroup(
     x_ptr,  # bf16 [M, HIDDEN]
-    w13_ptr,  # uint16 [L, 2·INTER, HIDDEN/4] in kernel order
-    scale_ptr,  # uint32 [L, 2·INTER, HIDDEN/128]: exponent fields
+    words_desc,  # w13, uint16 [L·2, INTER/16, HIDDEN/128, 16, 32], in boxes [2, BLOCK_N/32, 1, 16, 32]
+    scales_desc,  # uint32 [L·2, INTER/16, HIDDEN/128, 16]: exponent fields, in boxes of the same rows
     bias_ptr,  # f32 [L, 2·INTER], read if HAS_BIAS
     h_ptr,  # out: bf16 [routes, INTER]; row = position in the sorted routes
     route_ptr,  # int32 [routes]: token·TOP_K + slot, sorted by local expert
@@ -266,7 +276,7 @@ def gate_up_warpgroup(
     limit,
     blocks,  # the most that there can be
     TOP_K: gl.constexpr,
-    HIDDEN: gl.constexpr,  # a multiple of 128, and at least STAGES − 1 of them
+    HIDDEN: gl.constexpr,  # a multiple of 128
     INTER: gl.constexpr,  # a multiple of BLOCK_N
     HAS_BIAS: gl.constexpr,
     HAS_LIMIT: gl.constexpr,
@@ -274,12 +284,13 @@ def gate_up_warpgroup(
     BLOCK_M: gl.constexpr,  # routes of one expert, at most
     BLOCK_N: gl.constexpr,  # intermediate features of a tile: 64 or 128
     STAGES: gl.constexpr,  # groups in shared memory
-    REGISTERS: gl.constexpr,  # of a thread: 256, or 128 where two programs share a multiprocessor
+    REGISTERS: gl.constexpr,  # of a thread that multiplies
+    LOADER_REGISTERS: gl.constexpr,  # of one that copies
 ):
     # Layout: a tile is [BLOCK_N, up to BLOCK_M] of hᵀ, from rows n of w1 and of w3, half of it each warpgroup's; tiles
     # of one block of routes are made at a time, so that its x rows stay in cache.
     # The trick: a block that is not full takes products of fewer columns.
-    pipe = open_pipe(BLOCK_M, BLOCK_N, STAGES)
+    pipe = open_pipe(words_desc, scales_desc, BLOCK_M, STAGES, 2)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -287,24 +298,26 @@ def gate_up_warpgroup(
     gl.warp_specialize(
         [
             (_gate_up, (
-                x_ptr, w13_ptr, scale_ptr, bias_ptr, h_ptr, plan, limit, blocks, pipe,
-                gl.constexpr(0), TOP_K, HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_M, BLOCK_N, STAGES,
+                bias_ptr, h_ptr, plan, limit, blocks, pipe,
+                gl.constexpr(0), HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_M, BLOCK_N, STAGES,
             )),
             (_gate_up, (
-                x_ptr, w13_ptr, scale_ptr, bias_ptr, h_ptr, plan, limit, blocks, pipe,
-                gl.constexpr(1), TOP_K, HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_M, BLOCK_N, STAGES,
+                bias_ptr, h_ptr, plan, limit, blocks, pipe,
+                gl.constexpr(1), HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_M, BLOCK_N, STAGES,
             )),
+            (_load_w13, (words_desc, scales_desc, plan, blocks, pipe, HIDDEN, INTER, BLOCK_N, STAGES)),
+            (_load_x, (x_ptr, plan, blocks, pipe, TOP_K, HIDDEN, INTER // BLOCK_N, BLOCK_M, STAGES)),
         ],
-        [4],
-        [REGISTERS],
+        [4, 1, 2],
+        [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["blocks"])
 def down_warpgroup(
-    h_ptr,  # bf16 [routes, INTER]; row = position in the sorted routes
-    w2_ptr,  # uint16 [L, HIDDEN, INTER/4] in kernel order
-    scale_ptr,  # uint32 [L, HIDDEN, INTER/128]: exponent fields
+    rows_desc,  # h, bf16 [routes, INTER], row = position in the sorted routes, in boxes [BLOCK_M/4, 64]
+    words_desc,  # w2, uint16 [L·HIDDEN/16, INTER/128, 16, 32], in boxes [BLOCK_N/16, 1, 16, 32]
+    scales_desc,  # uint32 [L·HIDDEN/16, INTER/128, 16]: exponent fields, in boxes of the same rows
     bias_ptr,  # f32 [L, HIDDEN], read if HAS_BIAS
     y_ptr,  # out: bf16 or f32 [M·TOP_K, HIDDEN], row = route, not weighted; of remote routes not written
     route_ptr,  # int32 [routes]
@@ -313,17 +326,18 @@ def down_warpgroup(
     block_end_ptr,  # int32 [blocks]
     blocks,
     HIDDEN: gl.constexpr,  # a multiple of 2·BLOCK_N
-    INTER: gl.constexpr,  # a multiple of 128, and at least STAGES − 1 of them
+    INTER: gl.constexpr,  # a multiple of 128
     HAS_BIAS: gl.constexpr,
     PDL: gl.constexpr,
     BLOCK_M: gl.constexpr,  # routes of one expert, at most
     BLOCK_N: gl.constexpr,  # hidden features of each warpgroup's half of a tile: 64 or 128
     STAGES: gl.constexpr,  # groups in shared memory
-    REGISTERS: gl.constexpr,  # of a thread: 256, or 128 where two programs share a multiprocessor
+    REGISTERS: gl.constexpr,  # of a thread that multiplies
+    LOADER_REGISTERS: gl.constexpr,  # of one that copies
 ):
     # Layout: a tile is [2·BLOCK_N, up to BLOCK_M] of yᵀ, half of it each warpgroup's, and is scattered to the rows of
     # its routes: every route has a row of its own, so no atomics are needed.
-    pipe = open_pipe(BLOCK_M, BLOCK_N, STAGES)
+    pipe = open_pipe(words_desc, scales_desc, BLOCK_M, STAGES, 1)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -331,14 +345,17 @@ def down_warpgroup(
     gl.warp_specialize(
         [
             (_down, (
-                h_ptr, w2_ptr, scale_ptr, bias_ptr, y_ptr, plan, blocks, pipe,
+                bias_ptr, y_ptr, plan, blocks, pipe,
                 gl.constexpr(0), HIDDEN, INTER, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES,
             )),
             (_down, (
-                h_ptr, w2_ptr, scale_ptr, bias_ptr, y_ptr, plan, blocks, pipe,
+                bias_ptr, y_ptr, plan, blocks, pipe,
                 gl.constexpr(1), HIDDEN, INTER, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES,
             )),
+            (_load_down, (
+                rows_desc, words_desc, scales_desc, plan, blocks, pipe, HIDDEN, INTER, BLOCK_M, BLOCK_N, STAGES,
+            )),
         ],
-        [4],
-        [REGISTERS],
+        [4, 1],
+        [REGISTERS, LOADER_REGISTERS],
     )  # fmt: skip

@@ -16,8 +16,10 @@ from moe_ep import tables
 from moe_ep.backends.triton_kernel import Target, _config, _gemms, _Shape
 from moe_ep.bench.cases import SHAPES, RankShape
 from moe_ep.kernels.bound import BoundLaunch
+from moe_ep.kernels.boxes import BoxedLaunch, activations, weights
 from moe_ep.kernels.launch import fit
 
+Launch = BoundLaunch | BoxedLaunch
 SHARED_BYTES = 227 * 1024  # that a program may have
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NVDISASM = CUOBJDUMP.with_name("nvdisasm")
@@ -29,11 +31,31 @@ assert TABLE is not None
 REGIMES = {f"{regime.config.kernel}-{regime.rows:g}": regime.config for regime in TABLE.regimes}
 
 
-def compiled(launch: BoundLaunch) -> Any:
+def boxes(launch: BoxedLaunch) -> dict[str, str]:
+    """The types of its descriptors, which depend on boxes alone."""
+    sizes = launch.launch.constants
+    rows = 2 * sizes["INTER"] if launch.matrices == 2 else sizes["HIDDEN"]
+    words, scales = (torch.empty(1, rows, 128, dtype=dtype, device="meta") for dtype in (torch.uint16, torch.uint32))
+    found = dict(zip(("words", "scales"), weights(words, scales, launch.matrices, launch.box_rows), strict=True))
+    if launch.x_box_rows:
+        found["rows"] = activations(torch.empty(64, 128, dtype=torch.bfloat16, device="meta"), launch.x_box_rows)
+    kinds = {"words": "u16", "scales": "u32", "rows": "bf16"}
+    return {f"{name}_desc": f"tensordesc<{kinds[name]}{box.block_shape},{box.layout!r}>" for name, box in found.items()}
+
+
+def bound(launch: Launch) -> BoundLaunch:
+    return launch.launch if isinstance(launch, BoxedLaunch) else launch
+
+
+def compiled(launch: Launch) -> Any:
     """The kernel for sm90, all pointers at multiples of 16."""
     signature, constants, aligned = {}, {}, {}
+    described = boxes(launch) if isinstance(launch, BoxedLaunch) else {}
+    launch = bound(launch)
     for i, name in enumerate(launch.kernel.arg_names):
-        if name.endswith("_ptr"):
+        if name in described:
+            signature[name] = described[name]
+        elif name.endswith("_ptr"):
             stem = name.removesuffix("_ptr")
             out = "bf16" if "warpgroup" in launch.kernel.__name__ else "fp32"
             signature[name] = "*" + (out if stem == "y" else POINTERS.get(stem, "i32"))
@@ -92,10 +114,13 @@ def _shape(shape: RankShape, tokens: int) -> _Shape:
     )
 
 
-def launches(shape: RankShape, regime: str) -> tuple[BoundLaunch, BoundLaunch]:
+def launches(shape: RankShape, regime: str) -> tuple[Launch, Launch]:
     config = fit(REGIMES[regime], shape.hidden, shape.inner)
     assert config is not None
-    return _gemms(_shape(shape, 64), config, 64)
+    gate_up, down = _gemms(_shape(shape, 64), config, 64)
+    assert isinstance(gate_up, Launch)
+    assert isinstance(down, Launch)
+    return gate_up, down
 
 
 @pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton came without NVIDIA's tools")
@@ -112,6 +137,7 @@ def test_every_kernel_of_the_table_fits_a_multiprocessor(name: str, regime: str,
         assert kernel.metadata.shared <= SHARED_BYTES
         ptx = kernel.asm["ptx"]
         assert ("wgmma.mma_async" if "warpgroup" in regime else "mma.sync") in ptx
+        assert ("cp.async.bulk.tensor" in ptx) == ("warpgroup" in regime)
         assert "griddepcontrol.wait" in ptx, "it may start before the kernel before it has ended"
 
 
@@ -122,7 +148,7 @@ def test_weights_stream_at_16_bytes_a_lane_past_shared_memory(regime: str) -> No
         loads = re.findall(r"ld\.global\S*?\.(v4\.b32|v2\.b32|b32|b16)", kernel.asm["ptx"])
         assert loads.count("v4.b32") > loads.count("b32"), "what is left are scales, and once the plan"
         assert not {"v2.b32", "b16"} & set(loads)
-        slices = launch.constants["SLICES"]
+        slices = bound(launch).constants["SLICES"]
         # Shared memory is for the sums of the slices at the end, and for nothing else.
         assert (kernel.metadata.shared > 0) == (slices > 1)
 
@@ -132,6 +158,7 @@ def test_what_asynchronous_copies_cannot_take_goes_to_the_tile_kernel() -> None:
     what = _shape(shape, tokens=8192)
     assert _config(what).kernel == "warpgroup"
     assert _config(replace(what, aligned=(True, False, True))).kernel == "tile"
+    assert _config(replace(what, aligned=(True, True, True, False, True))).kernel == "tile"
     assert _config(replace(what, tokens=8, aligned=(True, False, True))).kernel == "stream", (
         "plain loads take any address"
     )

@@ -60,7 +60,7 @@ def test_stages_shrink_until_shared_memory_holds_them() -> None:
     fitted = fit(LaunchConfig("warpgroup", 128, deep, deep), 4096, 256)
     assert fitted is not None
     assert fitted.gate_up.stages == 5, "of 40.5 KiB each"
-    assert fitted.down.stages == 3, "there are two groups to copy ahead"
+    assert fitted.down.stages == 5, "the next tile's groups are copied ahead too"
 
 
 @pytest.mark.parametrize("kernel", ["stream", "warpgroup"])
@@ -73,11 +73,14 @@ def test_a_k_of_broken_groups_falls_back(kernel: str) -> None:
 
 def test_where_a_regime_cannot_fit_one_for_fewer_rows_is_taken_before_the_fallback() -> None:
     few = LaunchConfig("stream", 16, *(Gemm(block_n=64, warps=4, stages=2),) * 2)
-    many = LaunchConfig("warpgroup", 64, *(Gemm(block_n=64, warps=4, stages=4),) * 2)
+    many, most = (
+        LaunchConfig("warpgroup", block_m, *(Gemm(block_n=64, warps=4, stages=4),) * 2) for block_m in (64, 512)
+    )
     table = Table("x", "", (Regime(4, few), Regime(1e9, many)))
     assert choose(table, 800, 8, 4096, 512).kernel == "warpgroup"
-    assert choose(table, 800, 8, 4096, 128).kernel == "stream", "one group is not two"
     assert choose(table, 800, 8, 4096, 96).kernel == "tile"
+    table = Table("x", "", (Regime(4, few), Regime(1e9, most)))
+    assert choose(table, 800, 8, 4096, 512).kernel == "stream", "three groups of 512 routes are more than there is room"
 
 
 def test_a_table_is_for_the_arch_of_its_name(tmp_path: Path) -> None:
