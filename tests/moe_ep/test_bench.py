@@ -14,13 +14,14 @@ from typing import get_args
 import pytest
 import torch
 
+from benchmarks.peers import Stage, ratios, stages
 from moe_ep import tables
 from moe_ep.backends.triton_kernel import Impl
 from moe_ep.bench import peers, report, tuner
 from moe_ep.bench.cases import SHAPES, Batch, RankShape, Routing, Weights, random_batch, random_weights
 from moe_ep.bench.check import check
 from moe_ep.bench.clock import Rates
-from moe_ep.bench.contenders import CONTENDERS, Contender
+from moe_ep.bench.contenders import CONTENDERS, OURS, Contender
 from moe_ep.bench.peers import Op
 from moe_ep.bench.runs import Line, relative_error, time_shape
 from moe_ep.bench.tuner import families, table_of, tuned_impl
@@ -124,6 +125,27 @@ def test_a_kernel_whose_time_is_used_up_is_left_and_the_next_one_is_timed() -> N
     assert [(line.kernel, line.failure) for line in lines] == [
         *[("slow", "TimeoutError: its time was used up")] * 2,
         *[("reference", None)] * 2,
+    ]
+
+
+def _timed(kernel: str, tokens: int, eager: float | None, graph: float | None) -> Line:
+    return Line("tiny", tokens, "uniform", kernel, 1, 1, 1, eager, graph, None, None, None)
+
+
+def test_a_peer_is_compared_where_both_have_a_time_and_the_slowest_peers_come_last() -> None:
+    lines = [
+        *(_timed(OURS, 1, 20, 10), _timed(OURS, 8, 20, None)),
+        *(_timed("marlin", 1, 10, 30), _timed("marlin", 8, 40, 40), _timed("marlin", 64, 1, 1)),
+    ]
+    assert [(ratio.times, ratio.way, ratio.tokens) for ratio in sorted(ratios(lines))] == [
+        *((0.5, "host", 1), (2, "host", 8), (3, "graph", 1)),
+    ]
+    order = stages(["flash-ep4", "pro-ep8"], [OURS, "marlin", "xkernels"])
+    assert [(stage.kernels, stage.shapes, stage.routings) for stage in order] == [
+        ((OURS, "marlin"), ("flash-ep4", "pro-ep8"), ("uniform",)),
+        ((OURS, "marlin"), ("flash-ep4",), ("zipf", "one")),
+        (("xkernels",), ("flash-ep4", "pro-ep8"), ("uniform",)),
+        (("xkernels",), ("flash-ep4",), ("zipf", "one")),
     ]
 
 
@@ -290,7 +312,7 @@ def test_the_tuner_writes_a_table_that_is_then_used(tmp_path: Path) -> None:
 
 def test_the_command_times_and_writes_and_names_what_it_does_not_know(tmp_path: Path) -> None:
     out = tmp_path / "lines.json"
-    ran = _module("moe_ep.bench", "--shape=tiny", "--tokens=2", "--kernel=triton_kernel", f"--json={out}")
+    ran = _module(*Stage("tiny", ("triton_kernel",), ("tiny",), ("uniform",)).command([2], out)[2:])
     assert ran.returncode == 0, ran.stderr
     header, lines = report.load(out)
     assert header["device"] == "CPU"
