@@ -69,7 +69,8 @@ class Communication:
 
         self.where = replace(where, watch=watch("everybody", tuple(range(where.world))) if where.world > 1 else None)
         layout = Layout.of(where.group_size, request.ranks_per_node)
-        self.groups: EpGroups = ep_groups(where.world, where.rank, layout, request.rank_timeout_s, watch)
+        of_groups = (where.world, where.rank, layout, request.rank_timeout_s, watch)
+        self.groups: EpGroups = ep_groups(*of_groups, peer_copies=request.comm.peer_copies)
         self.names = OWN_TOKENS if request.own_tokens else SAME_TOKENS
         self.measured: dict[int, dict[Name, float]] = {}
         self._choose = lru_cache(_KEPT)(self.choose)
@@ -116,6 +117,7 @@ class Communication:
             "strategy": comm.strategy,
             "payload": comm.payload,
             "sums": comm.sums,
+            "peer_copies": self.groups.whole.peer is not None,
             "layout": asdict(self.groups.layout),
             "network": comm.network.source,
             "choices": taken,

@@ -365,6 +365,9 @@ def main(
     tokens: Annotated[list[int], typer.Option(help="of the group, to communicate")] = [1, 16, 128, 1024, 8192],  # noqa: B006
     layer_tokens: Annotated[list[int], typer.Option(help="of the group, of layers")] = [16, 1024, 8192],  # noqa: B006
     whole_layers: Annotated[bool, typer.Option(help="with experts too, whose kernels are compiled first")] = True,
+    peer_copies: Annotated[
+        bool, typer.Option(help="large sums of two ranks by copy engines, where they can be")
+    ] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="where to write the lines, as they come")] = None,
 ) -> None:
     """Time every strategy and the overlap on all ranks of this host, one device each."""
@@ -388,7 +391,8 @@ def main(
         "copy": measured.copy,
         "matmul": measured.matmul,
     }
-    groups = ep_groups(world, rank, Layout(world, world), 60)
+    groups = ep_groups(world, rank, Layout(world, world), 60, peer_copies=peer_copies)
+    about["peer_copies"] = groups.whole is not None and groups.whole.peer is not None
     side, pool = (torch.cuda.Stream(), torch.cuda.graph_pool_handle()) if gpu else (None, None)
     bench = Bench(rank, world, device, groups, [], about, json_file, side, pool)
     samples: list[Sample] = []

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_ep.comm.group import Pending
+from moe_ep.comm.group import SPARED, Pending
 from moe_ep.spec import TopKOutput
 
 
@@ -57,6 +57,10 @@ class Combine(ABC):
         `wanted`, which follows from the rows that there are, unless these differ between ranks.
         """
         return wanted
+
+    def spared(self, routed: Routed, parts: int) -> int:
+        """Multiprocessors that are to be left to the combine of one of `parts` ranges, while the next is computed."""
+        return SPARED
 
 
 def combine_for(ep_size: int, group: dist.ProcessGroup | None = None) -> Combine:
