@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from moe_ep.activation import swiglu_halves
 from moe_ep.backends.base import MoEBackend, Mxfp4Backend
-from moe_ep.comm import Combine, Pending, Routed
+from moe_ep.comm import Combine, Pending, Routed, let_collectives_begin
 from moe_ep.routing import Router
 from moe_ep.slots import SlotMap
 from moe_ep.spec import SwigluArg, TopKOutput
+
+_TILE = 256 * 128  # elements that a block of cuBLAS's makes at once
+_ROUNDS = 3
 
 
 class SharedExpert(nn.Module):
@@ -29,6 +32,15 @@ class SharedExpert(nn.Module):
         """bf16 [M, H] of hidden_states bf16 [M, H]."""
         hidden = swiglu_halves(torch.nn.functional.linear(hidden_states, self.w13), self.swiglu_limit)
         return torch.nn.functional.linear(hidden, self.w2)
+
+    def fills(self, tokens: int) -> bool:
+        """Whether its matmuls take all multiprocessors several times over, so that some less cost them their share and
+        not a round."""
+        tiles = tokens * self.w13.shape[0] / _TILE
+        return (
+            self.w13.is_cuda
+            and tiles >= _ROUNDS * torch.cuda.get_device_properties(self.w13.device).multi_processor_count
+        )
 
 
 class RoutedExperts(nn.Module):
@@ -136,24 +148,31 @@ class MoELayer(nn.Module):
         routed = self.combine.dispatch(hidden_states, topk, counts, place)
         wanted = self.cut(routed.x.shape[0]) if self.cut is not None else 1
         parts = self.combine.parts(routed, wanted)
-        under_way = [self.combine.begin(partial, routed) for partial in self._partials(routed, parts)]
+        spared = self.combine.spared(routed, parts)
+        under_way = [self.combine.begin(partial, routed) for partial in self._partials(routed, parts, spared)]
         whole = None if self.shared_is_sharded else self.shared_expert
-        return finish(hidden_states, under_way, whole)
+        return finish(hidden_states, under_way, whole, pause=spared > 0)
 
-    def _partials(self, routed: Routed, parts: int) -> Iterator[Tensor]:
+    def _partials(self, routed: Routed, parts: int, spared: int) -> Iterator[Tensor]:
         """The partial in ranges of columns, with the rank's slice of the shared expert where it has one."""
         shared = None
         if self.shared_expert is not None and self.shared_is_sharded:
             shared = self.shared_expert(routed.x).chunk(parts, 1)
-        spared = self.combine.spared(routed, parts)
         for part, partial in enumerate(self.experts.by_columns(routed.x, routed.topk, parts, spared)):
             yield partial if shared is None else partial + shared[part]
 
 
-def finish(hidden_states: Tensor, under_way: Sequence[Pending], shared_expert: SharedExpert | None) -> Tensor:
+def finish(
+    hidden_states: Tensor, under_way: Sequence[Pending], shared_expert: SharedExpert | None, *, pause: bool = False
+) -> Tensor:
     """The layer's result bf16 [M, H]: ranges of columns of the sum over the ranks, which are under way, and the shared
-    expert, computed meanwhile."""
-    shared = None if shared_expert is None else shared_expert(hidden_states)
+    expert, computed meanwhile; with `pause` it lets collectives begin first where it would take their multiprocessors.
+    """
+    shared = None
+    if shared_expert is not None:
+        if pause and shared_expert.fills(len(hidden_states)):
+            let_collectives_begin(hidden_states.device)
+        shared = shared_expert(hidden_states)
     out = torch.empty_like(hidden_states)
     width = hidden_states.shape[1] // len(under_way)
     for part, pending in enumerate(under_way):

@@ -3,7 +3,7 @@
 from moe_ep.comm.all_to_all import AllToAll
 from moe_ep.comm.auto import Auto
 from moe_ep.comm.gather import AllGather
-from moe_ep.comm.group import CollectiveError, Group, Pending
+from moe_ep.comm.group import CollectiveError, Group, Pending, let_collectives_begin
 from moe_ep.comm.reduce import AllReduce, Alone, ReduceScatter
 from moe_ep.comm.strategy import Combine, Routed, combine_for
 from moe_ep.comm.wire import Payload
@@ -22,4 +22,5 @@ __all__ = [
     "ReduceScatter",
     "Routed",
     "combine_for",
+    "let_collectives_begin",
 ]

@@ -18,6 +18,8 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 SPARED = 24
 """Multiprocessors that a collective takes at most, a block each: what NCCL takes by itself between two H200."""
 
+_PAUSE_CYCLES = 10_000  # about 5 µs
+
 
 class CollectiveError(RuntimeError):
     """A collective did not come to its end; says which, where in the model, and what is known of the other ranks."""
@@ -183,3 +185,12 @@ def refuse_capture(why: str) -> None:
     """Raise `RuntimeError` while a CUDA graph is captured."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"cannot be captured in a CUDA graph: {why}")
+
+
+def let_collectives_begin(device: torch.device) -> None:
+    """A pause of some µs on the current stream, in which a collective that was just begun takes its multiprocessors.
+
+    A matmul whose blocks stay to its end, as cuBLAS's do, would keep them all. Only on NVIDIA, where it was measured.
+    """
+    if device.type == "cuda" and torch.version.hip is None:
+        torch.cuda._sleep(_PAUSE_CYCLES)

@@ -90,6 +90,10 @@ class Alone(Combine):
         """See `Combine`."""
         return Pending(lambda: partial)
 
+    def spared(self, routed: Routed, parts: int) -> int:
+        """See `Combine`."""
+        return 0
+
 
 def combine_place(routed: Routed | None) -> str:
     """Where a combine stands, for errors."""

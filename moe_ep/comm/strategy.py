@@ -51,6 +51,11 @@ class Combine(ABC):
         """`begin`, and wait."""
         return self.begin(partial, routed).wait()
 
+    def arrive(self, partial: Tensor, routed: Routed | None = None) -> None:
+        """`begin`, and wait until what is to be added up is there, as a layer does: for timing."""
+        with self.begin(partial, routed).summands():
+            pass
+
     def parts(self, routed: Routed, wanted: int) -> int:
         """In how many ranges of columns the sums may be combined one after the other: as many on every rank.
 

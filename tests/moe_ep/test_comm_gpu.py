@@ -114,9 +114,7 @@ def check_copies_between_peers(bench: Bench, groups: EpGroups) -> None:
             assert torch.equal(pending.wait(), one)
 
 
-def check_who_is_waited_for(
-    store: "Store", rank: int, device: torch.device, pair: Group | None, nbytes: int
-) -> None:
+def check_who_is_waited_for(store: "Store", rank: int, device: torch.device, pair: Group | None, nbytes: int) -> None:
     """A rank that begins a collective which the other does not is told who that is, while its host is free."""
     said: list[str] = []
     name = "late" if pair is None else "late copy"
