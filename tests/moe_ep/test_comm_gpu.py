@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from moe_ep.bench.comm import TINY, Bench, build_layers, graphs_equal, tokens_of
-from moe_ep.comm import Alone, Group, Pending
+from moe_ep.comm import Alone, Group
 from moe_ep.comm.groups import EpGroups, ep_groups
-from moe_ep.comm.peer import ARENA_BYTES, LEAST_BYTES
+from moe_ep.comm.peer import LEAST_BYTES
 from moe_ep.comm.watch import Watch
 from moe_ep.cost import OWN_TOKENS, SAME_TOKENS
 from moe_ep.network import Layout
@@ -44,11 +44,9 @@ def _start(rank: int, store: str) -> None:
         for tokens in (33, MANY):
             graphs_equal("tiny", TINY, layer, tokens, name, bench)
             assert bench.lines[-1]["equal"], f"{name}, {tokens} tokens: a replayed graph gives other bits"
-    check_copies_between_peers(bench, groups)
+    check_that_large_sums_are_copied(bench, groups)
     check_that_an_all_to_all_is_not_captured(bench, groups)
-    check_who_is_waited_for(shared, rank, device, None, 4)
-    assert groups.whole is not None
-    check_who_is_waited_for(shared, rank, device, groups.whole, LEAST_BYTES)
+    check_who_is_waited_for(shared, rank, device)
     dist.destroy_process_group()
 
 
@@ -91,43 +89,29 @@ def check_that_an_all_to_all_is_not_captured(bench: Bench, groups: EpGroups) -> 
         layer(x)
 
 
-def check_copies_between_peers(bench: Bench, groups: EpGroups) -> None:
-    """Large sums go by copies, small ones and those that do not fit beside what is under way by NCCL; several at once,
-    again and again, give the bits of NCCL, which has no other order of two summands."""
+def check_that_large_sums_are_copied(bench: Bench, groups: EpGroups) -> None:
+    """And small ones are not; both give NCCL's bits, which has no other order of two summands."""
     group = groups.whole
     assert group is not None
-    peer = group.peer
-    assert peer is not None, "two GPUs of one host that reach each other"
-    assert peer.takes(LEAST_BYTES)
-    assert peer.takes(ARENA_BYTES)
-    assert not peer.takes(LEAST_BYTES - 1)
-    assert not peer.takes(ARENA_BYTES + 1)
-    for shift in range(3):
-        sizes = [ARENA_BYTES // 8 + 4 * shift, LEAST_BYTES, LEAST_BYTES // 2, ARENA_BYTES * 7 // 8]
-        given = [torch.randn(size // 4, device=bench.device) for size in sizes]
-        expected = [one.clone() for one in given]
-        for one in expected:
-            dist.all_reduce(one)
-        under_way = [group.all_reduce(one) for one in given]
-        assert [pending.pair is not None for pending in under_way] == [True, True, False, False]
-        for pending, one in zip(under_way, expected, strict=True):
-            assert torch.equal(pending.wait(), one)
+    assert group.peer is not None, "two GPUs of one host that reach each other"
+    for nbytes, copied in ((LEAST_BYTES // 2, False), (LEAST_BYTES, True)):
+        given = torch.randn(nbytes // 4, device=bench.device)
+        expected = given.clone()
+        dist.all_reduce(expected)
+        pending = group.all_reduce(given)
+        assert (pending.pair is not None) == copied
+        assert torch.equal(pending.wait(), expected)
 
 
-def check_who_is_waited_for(store: "Store", rank: int, device: torch.device, pair: Group | None, nbytes: int) -> None:
+def check_who_is_waited_for(store: "Store", rank: int, device: torch.device) -> None:
     """A rank that begins a collective which the other does not is told who that is, while its host is free."""
     said: list[str] = []
-    name = "late" if pair is None else "late copy"
-    watch = Watch(store, name, rank, (0, 1), 1.0, said.append)
-    group = Group(None, watch, None if pair is None else pair.peer)
-
-    def begin(place: str) -> Pending:
-        return group.all_reduce(torch.ones(nbytes // 4, device=device), place)
-
-    begin("layer 0").wait()
+    watch = Watch(store, "late", rank, (0, 1), 1.0, said.append)
+    group = Group(None, watch)
+    group.all_reduce(torch.ones(4, device=device), "layer 0").wait()
     torch.cuda.synchronize()
     if rank == 0:
-        late = begin("layer 1")
+        late = group.all_reduce(torch.ones(4, device=device), "layer 1")
         deadline = time.monotonic() + 20
         while not said and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -135,8 +119,7 @@ def check_who_is_waited_for(store: "Store", rank: int, device: torch.device, pai
         assert "not entered by rank 1 of 2: rank 1 last entered layer 0: all_reduce (number 1)" in said[0]
     else:
         time.sleep(4)
-        late = begin("layer 1")
-    assert (late.pair is not None) == (pair is not None)
+        late = group.all_reduce(torch.ones(4, device=device), "layer 1")
     late.wait()
     torch.cuda.synchronize()
     watch.close()
