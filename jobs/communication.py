@@ -23,8 +23,8 @@ from moe_ep.comm import Auto, Combine
 from moe_ep.comm.groups import EpGroups, ep_groups
 from moe_ep.comm.watch import Watch
 from moe_ep.cost import (
-    MOST_PARTS,
     OWN_TOKENS,
+    PARTS,
     SAME_TOKENS,
     Choice,
     Measured,
@@ -108,11 +108,16 @@ class Communication:
         named = [name for name in self.names if name == comm.strategy]
         name = named[0] if named else self._choose(rows, False).name
         of_model = (name, self.groups.layout, request.shape, rows, self.wire, comm.network, comm.device)
-        whole = self.groups.whole
-        copies = (
-            whole is not None and whole.spared(request.shape.hidden * rows * self.wire.sum_bytes // MOST_PARTS) == 0
-        )
-        return cut_for_overlap(*of_model, whole_shared=not request.shard_shared_expert, copies=copies)
+        whole_shared, copied = not request.shard_shared_expert, self._copied(name, rows)
+        return cut_for_overlap(*of_model, whole_shared=whole_shared, copied=copied)
+
+    def _copied(self, name: Name, rows: int) -> int:
+        """Into how many ranges the sums of so many rows may be cut, at most, for copy engines to bring each."""
+        whole, sums = self.groups.whole, rows * self.request.shape.hidden * self.wire.sum_bytes
+        if whole is None or name not in ("all_reduce", "all_gather"):  # the sums of others go by collectives too
+            return 0
+        sent = sums if name == "all_reduce" else sums // whole.size
+        return max((parts for parts in PARTS if whole.spared(sent // parts) == 0), default=0)
 
     def record(self) -> dict[str, Any]:
         """What was configured, and what would be taken for each batch size and why."""

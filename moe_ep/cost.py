@@ -295,9 +295,9 @@ def pipeline_us(compute: Sequence[float], combine: Sequence[float]) -> float:
     return combined
 
 
-_PARTS = (1, 2, 4)
+PARTS = (1, 2, 4)
+"""Ranges of columns that a second GEMM may be cut into."""
 _DOWN = 1 / 3  # of the experts' work: w2's, of three matrices
-MOST_PARTS = _PARTS[-1]
 _RANGE_US = 20.0  # that a range of columns costs more, where copy engines bring the sums (two H200)
 _RANGE_BESIDE_US = 80.0  # and where a collective takes its multiprocessors and its share of the memory's rate
 _BESIDE = 132 / 108  # a range is made on the multiprocessors that the collective beside it leaves (H200)
@@ -313,14 +313,14 @@ def cut_for_overlap(
     device: Device,
     *,
     whole_shared: bool = True,
-    copies: bool = False,
+    copied: int = 0,
 ) -> int:
     """Into how many ranges of columns the second GEMM of T tokens is cut, so that the combine of one lies under the
     next, and that of the last under the shared expert where every rank computes all of it.
 
-    No weight is read twice, but every range has its launches and each collective its steps and, unless `copies` by
-    engines bring the sums, its multiprocessors; what the shared expert hides anyway needs no cut. all_to_all is not
-    cut.
+    No weight is read twice, but every range has its launches and each collective its steps and its multiprocessors,
+    unless there are at most `copied` ranges, which copy engines bring. What the shared expert hides anyway needs no
+    cut. all_to_all is not cut.
     """
     if name == "all_to_all" or layout.ranks == 1:
         return 1
@@ -329,10 +329,10 @@ def cut_for_overlap(
     shared = shared_us(shape, mine, device) / _REACHED if whole_shared else 0.0
 
     def us(parts: int) -> float:
-        more, beside = (_RANGE_US, 1.0) if copies else (_RANGE_BESIDE_US, _BESIDE)
+        more, beside = (_RANGE_US, 1.0) if parts <= copied else (_RANGE_BESIDE_US, _BESIDE)
         one = down / parts + (more if parts > 1 else 0.0)
         computed = [one, *[one * beside] * (parts - 1)]
         combined = [combine_us(name, layout, shape, tokens / parts, wire, network)] * parts
         return max(sum(computed) + shared, pipeline_us(computed, combined))
 
-    return min((parts for parts in _PARTS if shape.hidden % (16 * parts) == 0), key=us)
+    return min((parts for parts in PARTS if shape.hidden % (16 * parts) == 0), key=us)

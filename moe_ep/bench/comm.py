@@ -26,7 +26,7 @@ from moe_ep.bench.clock import measure_rates
 from moe_ep.bench.fit import Part, Sample, fit
 from moe_ep.comm import Alone, Combine, Routed
 from moe_ep.comm.groups import EpGroups, ep_groups
-from moe_ep.cost import OWN_TOKENS, SAME_TOKENS, Name, Wire, choose, predict
+from moe_ep.cost import OWN_TOKENS, PARTS, SAME_TOKENS, Name, Wire, choose, predict
 from moe_ep.layer import MoELayer, RoutedExperts, SharedExpert, add_columns, finish
 from moe_ep.network import Device, Layout, Link, Network
 from moe_ep.routing import Router
@@ -47,7 +47,6 @@ LAYERS = 2
 _REPEATS = 15
 _ROUNDS = 9  # of a layer and all its parts
 _LAUNCHING = 1_000_000  # cycles, under which the host launches what is not captured
-_PARTS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,7 @@ def overlap(
     }
     if combine.own_tokens:
         works["dispatch"] = each(lambda layer: combine.dispatch(x, topk, counts))
-    cuts = [parts for parts in _PARTS if combine.parts(routed, parts) == parts]
+    cuts = [parts for parts in PARTS if combine.parts(routed, parts) == parts]
     works |= {
         f"experts_{parts}": each(lambda layer, parts=parts: [*layer.experts.by_columns(routed.x, routed.topk, parts)])  # type: ignore[misc]
         for parts in cuts

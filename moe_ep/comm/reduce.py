@@ -23,10 +23,6 @@ class _SameTokens(Combine):
         """See `Combine`."""
         return Routed(x, topk, place=place)
 
-    def spared(self, routed: Routed, parts: int) -> int:
-        """See `Combine`."""
-        return self.group.spared(routed.x.numel() // parts * (self.dtype or torch.float32).itemsize)
-
     def _summands(self, partial: Tensor) -> Tensor:
         return partial.to(self.dtype or partial.dtype)
 
@@ -42,6 +38,10 @@ class AllReduce(_SameTokens):
     def begin(self, partial: Tensor, routed: Routed | None = None) -> Pending:
         """See `Combine`; in place where the dtype is kept."""
         return self.group.all_reduce(self._summands(partial), combine_place(routed))
+
+    def spared(self, routed: Routed, parts: int) -> int:
+        """See `Combine`."""
+        return self.group.spared(routed.x.numel() // parts * (self.dtype or torch.float32).itemsize)
 
 
 class ReduceScatter(_SameTokens):

@@ -191,4 +191,4 @@ def test_ranges_are_what_was_fastest_between_two_h200(shape: ModelShape, tokens:
     nvlink = Network(call_us=10, peer_us=1, host_us=1000, node=link, fabric=link, source="two H200")
     device = Device(4.21e12, 7.73e14)
     of_model: tuple[Any, ...] = ("all_reduce", Layout(2, 2), shape, tokens, WIRE, nvlink, device)
-    assert cut_for_overlap(*of_model, whole_shared=False, copies=copies) == parts
+    assert cut_for_overlap(*of_model, whole_shared=False, copied=4 * copies) == parts
