@@ -1,6 +1,7 @@
 """Two GPUs of one host that write into each other's memory by their copy engines, which take no multiprocessor."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,17 +93,32 @@ class PeerMemory:
 
 
 def peer_memory(process_group: dist.ProcessGroup, device: torch.device) -> PeerMemory | None:
-    """For a group of two ranks of one host; None where it cannot be had. Both ranks must call it.
+    """For a group of two ranks of one host; None where it cannot be had, with a warning that says why if that comes as
+    a surprise. Both ranks must call it.
 
     Only on NVIDIA, where it was measured, and only if each rank sees the other's device and can reach its memory.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
-    rank = dist.get_rank(process_group)
-    uuids: list[Any] = [None, None]
-    dist.all_gather_object(uuids, str(torch.cuda.get_device_properties(device).uuid), group=process_group)
+    uuids = _of_both(str(torch.cuda.get_device_properties(device).uuid), process_group)
+    other = next((uuid for uuid in uuids if uuid != uuids[dist.get_rank(process_group)]), None)
     seen = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
-    other = seen.get(uuids[1 - rank])
-    reached = torch.version.hip is None and other is not None and torch.cuda.can_device_access_peer(device, other)
-    everybody: list[Any] = [None, None]
-    dist.all_gather_object(everybody, bool(reached and other != device.index), group=process_group)
-    return PeerMemory(process_group, device) if all(everybody) else None
+    reached = (
+        torch.version.hip is None and other in seen and torch.cuda.can_device_access_peer(device.index, seen[other])
+    )
+    if not all(_of_both(reached, process_group)):
+        return None
+    found, why = None, ""
+    try:
+        found = PeerMemory(process_group, device)
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+    problems = [one for one in _of_both(why, process_group) if one]
+    if problems:
+        warnings.warn(f"no memory is shared between two GPUs, so their sums go by NCCL: {problems[0]}", stacklevel=2)
+        return None
+    return found
+
+
+def _of_both(mine: Any, process_group: dist.ProcessGroup) -> list[Any]:
+    found: list[Any] = [None, None]
+    dist.all_gather_object(found, mine, group=process_group)
+    return found
