@@ -109,13 +109,14 @@ class Group:
         On gloo, which would reduce all rows on every rank, the rows are exchanged and added here in the ranks' order.
         """
         rows = tensor.shape[0] // self.size
+        if self.peer is not None and self.peer.takes(tensor.nbytes // 2):
+            self.sent += tensor.nbytes // 2
+            halves = tensor.chunk(2)
+            return self._exchange(self.peer, "reduce_scatter", place, halves[self.rank], halves[1 - self.rank])
         if self._sums_by_exchange:
             whole = self.all_to_all(tensor, [rows] * self.size, [rows] * self.size, place)
             return Pending(lambda: whole.wait().view(self.size, rows, *tensor.shape[1:]).sum(0))
         self.sent += (self.size - 1) * tensor.nbytes // self.size
-        if self.peer is not None and self.peer.takes(tensor.nbytes // 2):
-            halves = tensor.chunk(2)
-            return self._exchange(self.peer, "reduce_scatter", place, halves[self.rank], halves[1 - self.rank])
         out = tensor.new_empty((rows, *tensor.shape[1:]))
         return self._begin("reduce_scatter", place, _reduce_scatter, out, out, tensor)
 
