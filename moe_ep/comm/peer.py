@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ARENA_BYTES = 256 << 20
-"""What one may send the other at a time: V4-Pro's sums of 8 192 tokens in f32 are 235 MB."""
+from moe_ep.footprint import PEER_BYTES
+
 LEAST_BYTES = 4 << 20
 """Below this a copy with its signals takes longer than NCCL (two H200)."""
 
@@ -44,12 +44,12 @@ class Arrival:
 class PeerMemory:
     """A piece of each rank's memory that the other one writes.
 
-    Both ranks must exchange tensors of the same sizes in the same order, and read all that is under way before they
-    exchange again more than fits. Everything is ordered by signals on the device, an equal number of each kind in every
-    exchange, so that eager calls and replays of CUDA graphs may follow one another.
+    Both ranks must exchange tensors of the same sizes in the same order, and read them on one stream. Everything is
+    ordered by signals on the device, an equal number of each kind in every exchange, so that eager calls and replays of
+    CUDA graphs may follow one another.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup, device: torch.device, size: int = ARENA_BYTES) -> None:
+    def __init__(self, process_group: dist.ProcessGroup, device: torch.device, size: int = PEER_BYTES) -> None:
         """Both ranks of the group must call it. Raises `RuntimeError` where the memory cannot be shared."""
         import torch.distributed._symmetric_memory as symmetric
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from moe_ep.comm import Group, Pending
-from moe_ep.comm.peer import ARENA_BYTES, LEAST_BYTES, PeerMemory
+from moe_ep.comm.peer import LEAST_BYTES, PeerMemory
 from moe_ep.comm.reduce import AllReduce
 from moe_ep.comm.watch import Watch
+from moe_ep.footprint import PEER_BYTES
 from moe_ep.layer import SharedExpert, finish
 
 if TYPE_CHECKING:
@@ -54,23 +55,23 @@ def summed(tensor: Tensor) -> Tensor:
 
 def check_sizes(peer: PeerMemory) -> None:
     assert peer.takes(LEAST_BYTES)
-    assert peer.takes(ARENA_BYTES)
+    assert peer.takes(PEER_BYTES)
     assert not peer.takes(LEAST_BYTES - 1)
-    assert not peer.takes(ARENA_BYTES + 1)
+    assert not peer.takes(PEER_BYTES + 1)
 
 
 def check_sums(group: Group, device: torch.device) -> None:
     """Several at once, again and again; what does not fit beside those under way is sent otherwise."""
     assert group.peer is not None
     for odd in range(3):
-        given = [torch.randn(size // 4, device=device) for size in (ARENA_BYTES // 8 + 4 * odd, LEAST_BYTES)]
+        given = [torch.randn(size // 4, device=device) for size in (PEER_BYTES // 8 + 4 * odd, LEAST_BYTES)]
         expected = [summed(one) for one in given]
         under_way = [group.all_reduce(one) for one in given]
         assert all(pending.pair is not None for pending in under_way)
-        assert not group.peer.takes(ARENA_BYTES * 7 // 8)
+        assert not group.peer.takes(PEER_BYTES * 7 // 8)
         for pending, one in zip(under_way, expected, strict=True):
             assert torch.equal(pending.wait().cpu(), one)
-    assert group.peer.takes(ARENA_BYTES * 7 // 8)
+    assert group.peer.takes(PEER_BYTES * 7 // 8)
 
 
 def check_graphs(group: Group, device: torch.device) -> None:
