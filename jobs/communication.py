@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +15,16 @@ from torch import Tensor
 from jobs.events import UNWRITABLE, EventLog, RunFolderError
 from jobs.graphs import MOST_TOKENS, capture
 from jobs.request import ProbeRequest
+from jobs.rounds import agree, least
 from jobs.scratch import remove
 from jobs.stages import Place, tokens
-from jobs.throughput import of_the_slowest_rank, timed
+from jobs.throughput import of_the_slowest_rank, slowest, timed
 from moe_ep.comm import Auto, Combine
 from moe_ep.comm.groups import EpGroups, ep_groups
 from moe_ep.comm.watch import Watch
 from moe_ep.cost import (
     OWN_TOKENS,
+    PARTS,
     SAME_TOKENS,
     Choice,
     Measured,
@@ -47,6 +50,7 @@ _ROW = 8  # calls in a CUDA graph, so that its own launch counts for little
 _PASS = 8  # layers that a strategy's layer time is taken over: more weights than a cache holds
 
 _ROUNDS = 12  # at least, of every strategy
+_MOST, _MOST_S = 8, 1.0  # as many times those, or seconds, after which they need not agree
 
 _KEPT = 4096  # answers of the cost model, by number of tokens
 
@@ -69,7 +73,8 @@ class Communication:
 
         self.where = replace(where, watch=watch("everybody", tuple(range(where.world))) if where.world > 1 else None)
         layout = Layout.of(where.group_size, request.ranks_per_node)
-        self.groups: EpGroups = ep_groups(where.world, where.rank, layout, request.rank_timeout_s, watch)
+        of_groups = (where.world, where.rank, layout, request.rank_timeout_s, watch)
+        self.groups: EpGroups = ep_groups(*of_groups, peer_copies=request.comm.peer_copies)
         self.names = OWN_TOKENS if request.own_tokens else SAME_TOKENS
         self.measured: dict[int, dict[Name, float]] = {}
         self._choose = lru_cache(_KEPT)(self.choose)
@@ -103,7 +108,16 @@ class Communication:
         named = [name for name in self.names if name == comm.strategy]
         name = named[0] if named else self._choose(rows, False).name
         of_model = (name, self.groups.layout, request.shape, rows, self.wire, comm.network, comm.device)
-        return cut_for_overlap(*of_model, whole_shared=not request.shard_shared_expert)
+        whole_shared, copied = not request.shard_shared_expert, self._copied(name, rows)
+        return cut_for_overlap(*of_model, whole_shared=whole_shared, copied=copied)
+
+    def _copied(self, name: Name, rows: int) -> int:
+        """Into how many ranges the sums of so many rows may be cut, at most, for copy engines to bring each."""
+        whole, sums = self.groups.whole, rows * self.request.shape.hidden * self.wire.sum_bytes
+        if whole is None or name not in ("all_reduce", "all_gather"):  # the sums of others go by collectives too
+            return 0
+        sent = sums if name == "all_reduce" else sums // whole.size
+        return max((parts for parts in PARTS if whole.spared(sent // parts) == 0), default=0)
 
     def record(self) -> dict[str, Any]:
         """What was configured, and what would be taken for each batch size and why."""
@@ -116,6 +130,7 @@ class Communication:
             "strategy": comm.strategy,
             "payload": comm.payload,
             "sums": comm.sums,
+            "peer_copies": self.groups.whole.peer is not None,
             "layout": asdict(self.groups.layout),
             "network": comm.network.source,
             "choices": taken,
@@ -146,6 +161,8 @@ class Communication:
             "chosen": chosen.name,
             "why": chosen.why,
             "over_best": then[chosen.name] / min(then.values()) - 1,
+            "rounds": again[0].rounds,
+            "agreed": again[0].agreed,
             "strategies": [
                 self._line(trial, batch)
                 | {"layer_us": self._layer_us(trial.name, [*layers.values()][:_PASS], batch, x, token_ids)}
@@ -167,16 +184,25 @@ class Communication:
             if combine.own_tokens
             else None
         )
-        return _Trial(name, there, self._call(lambda: combine(summands, routed), capturable), sent)
+        return _Trial(name, there, self._call(lambda: combine.arrive(summands, routed), capturable), sent)
 
     def _timed(self, trials: Sequence["_Trial"]) -> list["_Trial"]:
-        """The least of rounds, each of which does everything once: others only ever add to a time."""
+        """The least of rounds, each of which does everything once, until two halves of them agree on the fastest."""
         calls = [call for trial in trials for call in (trial.dispatch, trial.combine)]
-        repeats = max(_ROUNDS, self.request.repeats)
-        rounds = [[self._seconds(call) if call else 0.0 for call in calls] for _ in range(repeats)]
-        us = [self._slowest_us(times, 0) for times in zip(*rounds, strict=True)]
-        pairs = zip(trials, us[::2], us[1::2], strict=True)
-        return [replace(trial, dispatch_us=dispatch, combine_us=combine) for trial, dispatch, combine in pairs]
+        ways = [(2 * trial, 2 * trial + 1) for trial in range(len(trials))]
+        repeats, rounds = max(_ROUNDS, self.request.repeats), list[list[float]]()
+        while True:
+            seconds = [self._seconds(call) if call else 0.0 for _ in range(repeats) for call in calls]
+            times = slowest(seconds, self.where)
+            rounds += [times[at : at + len(calls)] for at in range(0, len(times), len(calls))]
+            agreed, spent = agree(rounds, ways), sum(map(sum, rounds))
+            if agreed or len(rounds) >= _MOST * repeats or spent > _MOST_S:
+                break
+        us = [1e6 * one for one in least(rounds, [(call,) for call in range(len(calls))])]
+        return [
+            replace(trial, dispatch_us=dispatch, combine_us=combine, rounds=len(rounds), agreed=agreed)
+            for trial, dispatch, combine in zip(trials, us[::2], us[1::2], strict=True)
+        ]
 
     def _line(self, trial: "_Trial", batch: int) -> dict[str, Any]:
         request = self.request
@@ -213,12 +239,12 @@ class Communication:
                 layer.combine = combine
             call = self._call(one_pass, combine.capturable and 0 < batch <= MOST_TOKENS, 1)
             times = [self._seconds(call) for _ in range(self.request.repeats)]
-            return self._slowest_us(times, 1 / 2) / len(layers)
+            return median(of_the_slowest_rank(times, self.where)) * 1e6 / len(layers)
         finally:
             for layer in layers:
                 layer.combine = usual
 
-    def _call(self, work: Callable[[], Tensor], capturable: bool, times: int = _ROW) -> "_Call":
+    def _call(self, work: Callable[[], object], capturable: bool, times: int = _ROW) -> "_Call":
         """`work`, done once here; `times` in a row where it can be captured in a CUDA graph. All ranks must call it."""
 
         def several() -> None:
@@ -231,11 +257,6 @@ class Communication:
 
     def _seconds(self, call: "_Call") -> float:
         return timed(call.run, self.where)[0] / call.times
-
-    def _slowest_us(self, seconds: Sequence[float], share: float) -> float:
-        """The slowest rank's times in order, as far on as this share of them."""
-        ordered = of_the_slowest_rank(list(seconds), self.where)
-        return ordered[int(len(ordered) * share)] * 1e6
 
     def _sent(self) -> int:
         return sum(group.sent for group in {id(group): group for group in self.groups.all}.values())
@@ -265,6 +286,8 @@ class _Trial:
     sent: int
     dispatch_us: float = 0.0
     combine_us: float = 0.0
+    rounds: int = 0
+    agreed: bool = False
 
 
 def leave(log: EventLog, scratch: str | None, text: str) -> None:

@@ -22,6 +22,7 @@ class CommRequest:
     payload: Literal["bf16", "fp8"] = "bf16"
     sums: Literal["f32", "bf16"] = "f32"
     chunked: bool = True
+    peer_copies: bool = True
     network: Network = SLINGSHOT
     device: Device = MI300A
     """The rates by which prefills are cut: the same on all ranks, which a measurement would not be."""

@@ -167,11 +167,16 @@ def _combine_us(
 
 def of_the_slowest_rank(values: list[float], where: Place) -> list[float]:
     """Element by element the largest of all ranks, in rising order."""
+    return sorted(slowest(values, where))
+
+
+def slowest(values: list[float], where: Place) -> list[float]:
+    """Element by element the largest of all ranks."""
     largest = torch.tensor(values, dtype=torch.float64, device=where.device)
     with where.waiting("the slowest rank's time"):
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         found: list[float] = largest.tolist()
-    return sorted(found)
+    return found
 
 
 def measured_before(run_dir: Path, attempt: int, code: str) -> dict[int, dict[str, Any]]:

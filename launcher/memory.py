@@ -15,8 +15,9 @@ from launcher.topology import RankPlace, rank_places
 from launcher.units import GB, size
 from moe_ep.attention import INDEXED_RATIO, AttentionShape
 from moe_ep.cost import Wire
-from moe_ep.footprint import WORK_OF, Sharing, pass_bytes, work_bytes
+from moe_ep.footprint import PEER_BYTES, WORK_OF, Sharing, pass_bytes, work_bytes
 from moe_ep.headers import CONFIG, CheckpointError, CheckpointHeaders, checked, read_headers
+from moe_ep.network import Layout
 from moe_ep.reading import buffer_bytes
 from moe_ep.shape import ModelShape
 from moe_ep.tensors import TensorSpec, dense_held_bytes, model_specs, moe_specs
@@ -210,6 +211,9 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
         served_cache = memory.batch * cache_bytes(attention, shape.layers, memory.context, value)
         served_cache += kept_bytes(attention, shape.layers, tokens, value)
     in_fp8 = shape.held_bytes(layers, local, shared_tp=topology.shared_tp)["shared experts"] // 2
+    combining = Layout.of(max(topology.ep, topology.expert_tp), topology.ranks_per_node)
+    peers = config.comm.peer_copies and cluster.arch.startswith("sm") and combining == Layout(2, 2)
+    communicator = int(cluster.communicator_gb * GB) + PEER_BYTES * peers
     items = (
         Item(
             "routed experts",
@@ -266,7 +270,12 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
             buffers,
             f"{job.reading.threads} threads" if buffers else "into the tensors",
         ),
-        Item("communicator", int(cluster.communicator_gb * GB), int(cluster.communicator_gb * GB), "cluster's figure"),
+        Item(
+            "communicator",
+            communicator,
+            communicator,
+            f"cluster's figure{', copies between two GPUs' if peers else ''}",
+        ),
         Item("reserve", int(cluster.reserve_gb * GB), int(cluster.reserve_gb * GB), "system, runtime, process"),
     )
     # An engine that is a program holds the whole model; what it takes beside that is its own.

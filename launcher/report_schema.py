@@ -182,7 +182,7 @@ class StrategyPart(_Part):
 class CommunicationPart(_Part):
     """One number of tokens of an EP group, measured twice. by_model: the cost model's choice, by over_model slower than
     the fastest of the first time (0: it is the fastest). chosen: what auto takes since, and why; over_best: the same of
-    it, by the second time."""
+    it, by the second time, of so many rounds, two halves of which agreed on the fastest, or did not in time."""
 
     tokens: int
     by_model: str | None = None
@@ -190,6 +190,8 @@ class CommunicationPart(_Part):
     chosen: str
     why: str
     over_best: float
+    rounds: int | None = None
+    agreed: bool | None = None
     strategies: list[StrategyPart]
 
 

@@ -117,6 +117,8 @@ def _communication(line: dict[str, Any]) -> str:
 
     text = "; ".join(map(shown, line["strategies"]))
     said = f"{text}; the choice (*) is {line['over_best']:.0%} above the best"
+    if line.get("agreed") is False:
+        said += f" ({line['rounds']} rounds did not agree on it)"
     if line.get("over_model") is None:
         return said
     return f"{said}, the cost model's alone was {line['over_model']:.0%}"

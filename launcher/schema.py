@@ -285,13 +285,15 @@ class Comm(_Section):
 
     strategy: auto takes the one that the cost model expects to be fastest for the number of tokens. payload: of hidden
     states on their way to experts. sums: in which partials are added up over ranks. chunked: whether the second GEMM is
-    cut where that pays, so that a range of columns is combined while the next is computed.
+    cut where that pays, so that a range of columns is combined while the next is computed. peer_copies: whether two
+    NVIDIA GPUs of one host that make an EP group send each other large sums by their copy engines.
     """
 
     strategy: Literal["auto", "all_reduce", "reduce_scatter", "all_gather", "all_to_all"] = "auto"
     payload: Literal["bf16", "fp8"] = "bf16"
     sums: Literal["f32", "bf16"] = "f32"
     chunked: bool = True
+    peer_copies: bool = True
 
 
 class Placing(_Section):

@@ -21,7 +21,8 @@ OWN_TOKENS: tuple[Name, ...] = ("all_gather", "all_to_all")
 _ROUTE_BYTES = 8
 _REACHED = 0.7
 _GATHERS = 0.8  # of an all-reduce's rate that gathers and reduce-scatters reached within a node (NCCL 2.28, two H200)
-_NEAR = 0.1  # by which another must be faster than the plain strategy: model and measurement miss by as much
+_NEAR = 0.1  # by which another must be faster than the plain strategy: the model misses by as much
+_NEAR_MEASURED = 0.03
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def choose(
 
     all_reduce and all_gather stay unless the other is expected to be faster by 10 %; an all-to-all, which cannot be
     captured in a CUDA graph, is left out while `capturing`. With times that were `measured`, predictions are multiplied
-    by what they missed at the nearest number of tokens, so that what is taken there was within 10 % of the fastest.
+    by what they missed at the nearest number of tokens, and 3 % are enough.
     """
     names = OWN_TOKENS if own_tokens else SAME_TOKENS
 
@@ -270,13 +271,13 @@ def choose(
         return dispatch_us(*of_model) + combine_us(*of_model)
 
     us = {name: predicted(name, tokens) for name in names}
-    known = ""
+    known, near = "", _NEAR_MEASURED if measured else _NEAR
     if measured:
         at = min(measured, key=lambda t: abs(log2(max(t, 1) / max(tokens, 1))))
         us = {name: us[name] * measured[at][name] / predicted(name, at) if us[name] else 0.0 for name in names}
         known = f"; as measured at {at} tokens"
     open_to = [name for name in names if not (capturing and name == "all_to_all")]
-    best = min(open_to, key=lambda name: us[name] * (1 + _NEAR * (name != names[0])))
+    best = min(open_to, key=lambda name: us[name] * (1 + near * (name != names[0])))
     sent = {name: traffic(name, layout, shape, tokens, wire) for name in names}
     said = ", ".join(f"{name} {us[name]:.0f} µs ({sent[name].total / 1e6:.2f} MB sent a rank)" for name in names)
     whose = "of its own" if own_tokens else "that all ranks have"
@@ -294,9 +295,11 @@ def pipeline_us(compute: Sequence[float], combine: Sequence[float]) -> float:
     return combined
 
 
-_PARTS = (1, 2, 4)
+PARTS = (1, 2, 4)
+"""Ranges of columns that a second GEMM may be cut into."""
 _DOWN = 1 / 3  # of the experts' work: w2's, of three matrices
-_RANGE_US = 20.0  # that a range of columns costs more, by Flash at 1 024 tokens on two H200
+_RANGE_US = 20.0  # that a range of columns costs more, where copy engines bring the sums (two H200)
+_RANGE_BESIDE_US = 80.0  # and where a collective takes its multiprocessors and its share of the memory's rate
 _BESIDE = 132 / 108  # a range is made on the multiprocessors that the collective beside it leaves (H200)
 
 
@@ -310,12 +313,14 @@ def cut_for_overlap(
     device: Device,
     *,
     whole_shared: bool = True,
+    copied: int = 0,
 ) -> int:
     """Into how many ranges of columns the second GEMM of T tokens is cut, so that the combine of one lies under the
     next, and that of the last under the shared expert where every rank computes all of it.
 
-    No weight is read twice, but every range has its launches and each collective its steps; what the shared expert
-    hides anyway needs no cut. all_to_all is not cut.
+    No weight is read twice, but every range has its launches and each collective its steps and its multiprocessors,
+    unless there are at most `copied` ranges, which copy engines bring. What the shared expert hides anyway needs no
+    cut. all_to_all is not cut.
     """
     if name == "all_to_all" or layout.ranks == 1:
         return 1
@@ -324,9 +329,10 @@ def cut_for_overlap(
     shared = shared_us(shape, mine, device) / _REACHED if whole_shared else 0.0
 
     def us(parts: int) -> float:
-        one = down / parts + (_RANGE_US if parts > 1 else 0.0)
-        computed = [one, *[one * _BESIDE] * (parts - 1)]
+        more, beside = (_RANGE_US, 1.0) if parts <= copied else (_RANGE_BESIDE_US, _BESIDE)
+        one = down / parts + (more if parts > 1 else 0.0)
+        computed = [one, *[one * beside] * (parts - 1)]
         combined = [combine_us(name, layout, shape, tokens / parts, wire, network)] * parts
         return max(sum(computed) + shared, pipeline_us(computed, combined))
 
-    return min((parts for parts in _PARTS if shape.hidden % (16 * parts) == 0), key=us)
+    return min((parts for parts in PARTS if shape.hidden % (16 * parts) == 0), key=us)

@@ -108,7 +108,7 @@ def planner(
         "BLOCK_A": triton.next_power_of_2(max(routes, tile)) if alone else tile,
         "BLOCK_R": chunk,
         "BLOCK_B": _WRITTEN,
-        "BLOCK_C": max(16, min(triton.next_power_of_2(tiles), _COUNTS // width)),
+        "BLOCK_C": max(16, _COUNTS // width),
     }
     place = {**options, "ALONE": alone, **own}
     return Planner(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moe_ep.activation import swiglu_halves
 from moe_ep.backends.base import MoEBackend, Mxfp4Backend
-from moe_ep.comm import SPARED, Combine, Pending, Routed, let_collectives_begin
+from moe_ep.comm import Combine, Pending, Routed, let_collectives_begin
 from moe_ep.routing import Router
 from moe_ep.slots import SlotMap
 from moe_ep.spec import SwigluArg, TopKOutput
@@ -62,12 +62,13 @@ class RoutedExperts(nn.Module):
         tokens = hidden_states.shape[0]
         return self.backend.forward(self, hidden_states, topk_output, tokens, tokens)
 
-    def by_columns(self, hidden_states: Tensor, topk_output: object, parts: int) -> Iterator[Tensor]:
-        """`forward` in `parts` ranges of columns [M, H / parts], each as soon as it is computed."""
+    def by_columns(self, hidden_states: Tensor, topk_output: object, parts: int, spared: int = 0) -> Iterator[Tensor]:
+        """`forward` in `parts` ranges of columns [M, H / parts], each as soon as it is computed, the second and further
+        ones with `spared` multiprocessors less."""
         if parts == 1:
             yield self(hidden_states, topk_output)
         elif isinstance(self.backend, Mxfp4Backend):
-            yield from self.backend.by_columns(self, hidden_states, topk_output, parts, SPARED)
+            yield from self.backend.by_columns(self, hidden_states, topk_output, parts, spared)
         else:
             yield from (part.contiguous() for part in self(hidden_states, topk_output).chunk(parts, 1))
 
@@ -147,44 +148,49 @@ class MoELayer(nn.Module):
         routed = self.combine.dispatch(hidden_states, topk, counts, place)
         wanted = self.cut(routed.x.shape[0]) if self.cut is not None else 1
         parts = self.combine.parts(routed, wanted)
-        under_way = [self.combine.begin(partial, routed) for partial in self._partials(routed, parts)]
+        spared = self.combine.spared(routed, parts)
+        under_way = [self.combine.begin(partial, routed) for partial in self._partials(routed, parts, spared)]
         whole = None if self.shared_is_sharded else self.shared_expert
-        return finish(hidden_states, under_way, whole, collective=self.combine.name != "none")
+        return finish(hidden_states, under_way, whole, pause=spared > 0)
 
-    def _partials(self, routed: Routed, parts: int) -> Iterator[Tensor]:
+    def _partials(self, routed: Routed, parts: int, spared: int) -> Iterator[Tensor]:
         """The partial in ranges of columns, with the rank's slice of the shared expert where it has one."""
         shared = None
         if self.shared_expert is not None and self.shared_is_sharded:
             shared = self.shared_expert(routed.x).chunk(parts, 1)
-        for part, partial in enumerate(self.experts.by_columns(routed.x, routed.topk, parts)):
+        for part, partial in enumerate(self.experts.by_columns(routed.x, routed.topk, parts, spared)):
             yield partial if shared is None else partial + shared[part]
 
 
 def finish(
-    hidden_states: Tensor, under_way: Sequence[Pending], shared_expert: SharedExpert | None, *, collective: bool = True
+    hidden_states: Tensor, under_way: Sequence[Pending], shared_expert: SharedExpert | None, *, pause: bool = False
 ) -> Tensor:
     """The layer's result bf16 [M, H]: ranges of columns of the sum over the ranks, which are under way, and the shared
-    expert, computed meanwhile."""
+    expert, computed meanwhile; with `pause` it lets collectives begin first where it would take their multiprocessors.
+    """
     shared = None
     if shared_expert is not None:
-        if collective and shared_expert.fills(len(hidden_states)):
+        if pause and shared_expert.fills(len(hidden_states)):
             let_collectives_begin(hidden_states.device)
         shared = shared_expert(hidden_states)
     out = torch.empty_like(hidden_states)
     width = hidden_states.shape[1] // len(under_way)
     for part, pending in enumerate(under_way):
-        add_columns(pending.wait(), shared, out, part * width)
+        with pending.summands() as (total, other):
+            add_columns(total, shared, out, part * width, other)
     return out
 
 
-def add_columns(total: Tensor, shared: Tensor | None, out: Tensor, first: int) -> None:
-    """Columns first … first + W of out bf16 [M, H] = total [M, W] + those of shared bf16 [M, H], added in f32 where
-    total is f32; in one pass on a GPU."""
+def add_columns(total: Tensor, shared: Tensor | None, out: Tensor, first: int, other: Tensor | None = None) -> None:
+    """Columns first … first + W of out bf16 [M, H] = total [M, W] + other [M, W] + those of shared bf16 [M, H], added
+    in f32 where total is f32; in one pass on a GPU."""
     if total.is_cuda:
         from moe_ep import passes  # Triton is imported only where there is a GPU
 
-        if out.dtype == torch.bfloat16 and passes.takes(total, out, *(() if shared is None else (shared,))):
-            passes.add(total, shared, out, first)
+        given = (one for one in (total, other, shared, out) if one is not None)
+        if out.dtype == torch.bfloat16 and passes.takes(*given):
+            passes.add(total, other, shared, out, first)
             return
     columns = slice(first, first + total.shape[1])
+    total = total if other is None else total.float() + other
     out[:, columns] = total if shared is None else total + shared[:, columns]

@@ -33,16 +33,17 @@ def swiglu(gate_up: Tensor, limit: float | None) -> Tensor:
     return out
 
 
-def add(total: Tensor, shared: Tensor | None, out: Tensor, first: int) -> None:
-    """Columns from `first` on of out bf16 [M, H]: total [M, W] + those of shared bf16 [M, H] in f32, rounded once."""
+def add(total: Tensor, other: Tensor | None, shared: Tensor | None, out: Tensor, first: int) -> None:
+    """Columns from `first` on of out bf16 [M, H]: total [M, W] + other [M, W] + those of shared bf16 [M, H] in f32,
+    rounded once."""
     (tokens, width), hidden = total.shape, out.shape[1]
     if tokens == 0:
         return
-    constants = {"WIDTH": width, "HIDDEN": hidden, "HAS_SHARED": shared is not None}
+    constants = {"WIDTH": width, "HIDDEN": hidden, "HAS_OTHER": other is not None, "HAS_SHARED": shared is not None}
     into = out.view(-1)[first:]
-    summand = into if shared is None else shared.view(-1)[first:]
-    launch = _launch(add_kernel, tokens, width, tuple(constants.items()), _key(total, summand, into))
-    launch(total, summand, into)
+    given = (total, total if other is None else other, into if shared is None else shared.view(-1)[first:], into)
+    launch = _launch(add_kernel, tokens, width, tuple(constants.items()), _key(*given))
+    launch(*given)
 
 
 def pack(x: Tensor, ids: Tensor, weights: Tensor, rows: Tensor, ids_at: int, *, fp8: bool) -> None:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from moe_ep.bench.clock import measure_rates
 from moe_ep.bench.fit import Part, Sample, fit
-from moe_ep.comm import Alone, Combine
+from moe_ep.comm import Alone, Combine, Routed
 from moe_ep.comm.groups import EpGroups, ep_groups
-from moe_ep.cost import OWN_TOKENS, SAME_TOKENS, Name, Wire, choose, predict
+from moe_ep.cost import OWN_TOKENS, PARTS, SAME_TOKENS, Name, Wire, choose, predict
 from moe_ep.layer import MoELayer, RoutedExperts, SharedExpert, add_columns, finish
 from moe_ep.network import Device, Layout, Link, Network
 from moe_ep.routing import Router
@@ -47,7 +47,6 @@ LAYERS = 2
 _REPEATS = 15
 _ROUNDS = 9  # of a layer and all its parts
 _LAUNCHING = 1_000_000  # cycles, under which the host launches what is not captured
-_PARTS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def communication(name: str, shape: ModelShape, router: Router, tokens: int, wir
         topk = router(x)
         routed = combine.dispatch(x, topk, counts)
         partial = torch.zeros(routed.x.shape[0], shape.hidden, device=bench.device)
-        works = (partial_of(combine.dispatch, x, topk, counts), partial_of(combine, partial, routed))
+        works = (partial_of(combine.dispatch, x, topk, counts), partial_of(combine.arrive, partial, routed))
         dispatch, back = (median(times) for times in bench.rounds(works, _REPEATS))
         predicted = predict(strategy, bench.groups.layout, shape, tokens, wire, NVLINK, Device(4e12, 6e14))
         line = {"kind": "communication", "shape": name, "tokens": tokens, "strategy": strategy, **asdict(wire)}
@@ -211,16 +210,17 @@ def tail(
     x, counts = tokens_of(shape, tokens, bench, own=combine.own_tokens)
     routed = combine.dispatch(x, router(x), counts)
     partial = torch.zeros(routed.x.shape[0], shape.hidden, device=bench.device)
-    total, added, out = torch.zeros(x.shape, device=bench.device), torch.zeros_like(x), torch.empty_like(x)
+    added, sums = torch.zeros_like(x), last_sums(combine, partial, routed, x)
+    pause = combine.spared(routed, 1) > 0
 
     def one(work: Callable[[], object]) -> Callable[[], object]:
         return bench.graph([work]) if captured else work
 
     works = {
         "shared": one(lambda: shared(x)),
-        "combine": one(lambda: combine(partial, routed)),
-        "add": one(lambda: add_columns(total, added, out, 0)),
-        "tail": one(lambda: finish(x, [combine.begin(partial, routed)], shared)),
+        "combine": one(lambda: combine.arrive(partial, routed)),
+        "add": one(lambda: sums(added)),
+        "tail": one(lambda: finish(x, [combine.begin(partial, routed)], shared, pause=pause)),
     }
     took = {
         part: torch.tensor(us) for part, us in zip(works, bench.rounds(list(works.values()), _REPEATS), strict=True)
@@ -231,6 +231,15 @@ def tail(
     bench.add(line | {"hidden": float((saved / torch.minimum(took["shared"], took["combine"])).median())})
 
 
+def last_sums(combine: Combine, partial: Tensor, routed: Routed, x: Tensor) -> Callable[[Tensor | None], None]:
+    """A layer's last pass, given the shared expert's result or None, over as many summands as the combine gives."""
+    with combine.begin(partial, routed).summands() as given:
+        total, other = (None if one is None else torch.zeros_like(one) for one in given)
+    assert total is not None
+    out = torch.empty_like(x)
+    return lambda shared: add_columns(total, shared, out, 0, other)
+
+
 def overlap(
     name: str, shape: ModelShape, layers: list[MoELayer], tokens: int, strategy: Name, bench: Bench
 ) -> list[Sample]:
@@ -239,8 +248,9 @@ def overlap(
     A share that is hidden is of each round, and the median of these. hidden_shared: (all parts − layer) over the
     smaller of shared and combine. hidden_against_alone: (alone + combine − layer) over the same, where all ranks have
     the tokens: alone is the layer without communication, one device with its share of the experts. Without shared
-    expert: hidden_N with the second GEMM in N ranges, over the smaller of it, a third of the experts, and combine.
-    hidden_both_N: with both, over the combine. Returns the parts, for a fit.
+    expert: hidden_N with the second GEMM in N ranges, where experts_N are the experts so, over the smaller of it, a
+    third of the experts, and combine; saved_N_us: against the layer in one range. hidden_both_N: with both, over the
+    combine. Returns the parts, for a fit.
     """
     combine = bench.groups.strategy(strategy, shape.experts)
     captured = bench.device.type == "cuda" and combine.capturable
@@ -248,7 +258,7 @@ def overlap(
     topk = layers[0].router(x)
     routed = combine.dispatch(x, topk, counts)
     partial = torch.zeros(routed.x.shape[0], shape.hidden, device=bench.device)
-    total, added, out = torch.zeros(x.shape, device=bench.device), torch.zeros_like(x), torch.empty_like(x)
+    added, sums = torch.zeros_like(x), last_sums(combine, partial, routed, x)
     shared = [layer.shared_expert for layer in layers]
 
     def each(work: Callable[[MoELayer], object]) -> Callable[[], object]:
@@ -270,15 +280,20 @@ def overlap(
         "router": each(lambda layer: layer.router(x)),
         "experts": each(lambda layer: layer.experts(routed.x, routed.topk)),
         "shared": each(lambda layer: shared[layers.index(layer)](x)),  # type: ignore[misc]
-        "combine": each(lambda layer: combine(partial, routed)),
-        "add": each(lambda layer: add_columns(total, added, out, 0)),
-        "cast": each(lambda layer: add_columns(total, None, out, 0)),
+        "combine": each(lambda layer: combine.arrive(partial, routed)),
+        "add": each(lambda layer: sums(added)),
+        "cast": each(lambda layer: sums(None)),
         "alone": whole(Alone()),
         "layer": whole(combine),
     }
     if combine.own_tokens:
         works["dispatch"] = each(lambda layer: combine.dispatch(x, topk, counts))
-    cuts = [parts for parts in _PARTS if combine.parts(routed, parts) == parts]
+    cuts = [parts for parts in PARTS if combine.parts(routed, parts) == parts]
+    works |= {
+        f"experts_{parts}": each(lambda layer, parts=parts: [*layer.experts.by_columns(routed.x, routed.topk, parts)])  # type: ignore[misc]
+        for parts in cuts
+        if parts > 1
+    }
     works |= {f"bare_{parts}": whole(combine, parts, bare=True) for parts in cuts}
     works |= {f"both_{parts}": whole(combine, parts) for parts in cuts if parts > 1}
     for layer, one in zip(layers, shared, strict=True):
@@ -310,15 +325,17 @@ def _hidden(took: dict[str, Tensor], *, same_tokens: bool) -> dict[str, float]:
     """The shares of `overlap`, from µs by round."""
     smaller = torch.minimum(took["shared"], took["combine"])
     second = torch.minimum(took["experts"] / 3, took["combine"])
-    routed = took["router"] + took["dispatch"] + took["experts"] + took["combine"]
-    everything = routed + took["shared"] + took["add"]
+    around = took["router"] + took["dispatch"] + took["combine"]
+    everything = around + took["experts"] + took["shared"] + took["add"]
     found = {"sum_us": everything, "hidden_shared": (everything - took["layer"]) / smaller}
     if same_tokens:
         found["hidden_against_alone"] = (took["alone"] + took["combine"] - took["layer"]) / smaller
     for label, times in took.items():
         kind, _, parts = label.partition("_")
         if kind == "bare":
-            found[f"hidden_{parts}"] = (routed + took["cast"] - times) / second
+            experts = took["experts" if parts == "1" else f"experts_{parts}"]
+            found[f"hidden_{parts}"] = (around + experts + took["cast"] - times) / second
+            found[f"saved_{parts}_us"] = took["bare_1"] - times
         elif kind == "both":
             found[f"hidden_both_{parts}"] = (everything - times) / took["combine"]
     return {label: float(shares.median()) for label, shares in found.items()}
@@ -365,6 +382,9 @@ def main(
     tokens: Annotated[list[int], typer.Option(help="of the group, to communicate")] = [1, 16, 128, 1024, 8192],  # noqa: B006
     layer_tokens: Annotated[list[int], typer.Option(help="of the group, of layers")] = [16, 1024, 8192],  # noqa: B006
     whole_layers: Annotated[bool, typer.Option(help="with experts too, whose kernels are compiled first")] = True,
+    peer_copies: Annotated[
+        bool, typer.Option(help="large sums of two ranks by copy engines, where they can be")
+    ] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="where to write the lines, as they come")] = None,
 ) -> None:
     """Time every strategy and the overlap on all ranks of this host, one device each."""
@@ -388,7 +408,8 @@ def main(
         "copy": measured.copy,
         "matmul": measured.matmul,
     }
-    groups = ep_groups(world, rank, Layout(world, world), 60)
+    groups = ep_groups(world, rank, Layout(world, world), 60, peer_copies=peer_copies)
+    about["peer_copies"] = groups.whole is not None and groups.whole.peer is not None
     side, pool = (torch.cuda.Stream(), torch.cuda.graph_pool_handle()) if gpu else (None, None)
     bench = Bench(rank, world, device, groups, [], about, json_file, side, pool)
     samples: list[Sample] = []

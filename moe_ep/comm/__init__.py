@@ -3,13 +3,12 @@
 from moe_ep.comm.all_to_all import AllToAll
 from moe_ep.comm.auto import Auto
 from moe_ep.comm.gather import AllGather
-from moe_ep.comm.group import SPARED, CollectiveError, Group, Pending, let_collectives_begin
+from moe_ep.comm.group import CollectiveError, Group, Pending, let_collectives_begin
 from moe_ep.comm.reduce import AllReduce, Alone, ReduceScatter
 from moe_ep.comm.strategy import Combine, Routed, combine_for
 from moe_ep.comm.wire import Payload
 
 __all__ = [
-    "SPARED",
     "AllGather",
     "AllReduce",
     "AllToAll",

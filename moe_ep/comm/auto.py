@@ -52,6 +52,11 @@ class Auto(Combine):
         strategy, inner = _unwrapped(routed)
         return strategy.parts(inner, wanted)
 
+    def spared(self, routed: Routed, parts: int) -> int:
+        """See `Combine`."""
+        strategy, inner = _unwrapped(routed)
+        return strategy.spared(inner, parts)
+
 
 def _unwrapped(routed: Routed | None) -> tuple[Combine, Routed]:
     if routed is None or not isinstance(routed.way, _Way):

@@ -57,7 +57,11 @@ class AllGather(Combine):
         """See `Combine`."""
         way = _way(routed)
         whole = self.group.reduce_scatter(partial.to(self.dtype), combine_place(routed))
-        return Pending(lambda: whole.wait()[: way.own])
+        return whole if way.own == way.rows else Pending(lambda: whole.wait()[: way.own])
+
+    def spared(self, routed: Routed, parts: int) -> int:
+        """See `Combine`."""
+        return self.group.spared(routed.x.numel() // parts * self.dtype.itemsize // self.group.size)
 
 
 def _way(routed: Routed | None) -> _Way:

@@ -1,12 +1,15 @@
 """The collectives of a group of ranks: begun without waiting, counted in bytes, watched."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from moe_ep.comm.peer import PeerMemory
 
 # torch 2.13 has new names for these two, and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -40,25 +43,46 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Pending:
-    """A result that is under way. `wait` gives it; on a GPU only the current stream waits, not the host."""
+    """A result that is under way. `wait` gives it; on a GPU only the current stream waits, not the host.
+
+    kept: what other streams use until then, and would else be given out again on this one.
+    """
 
     finish: Callable[[], Tensor]
+    pair: Callable[[], AbstractContextManager[tuple[Tensor, Tensor]]] | None = None
+    kept: tuple[object, ...] = ()
 
     def wait(self) -> Tensor:
         """The result. Raises `CollectiveError`."""
         return self.finish()
 
+    @contextmanager
+    def summands(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Instead of `wait`: the result, or two tensors whose sum it is, for what is launched within."""
+        if self.pair is None:
+            yield self.finish(), None
+        else:
+            with self.pair() as both:
+                yield both
+
 
 class Group:
     """The ranks that combine experts, or a part of them. `process_group` None is torch's default group.
+
+    Two of them that have `peer` memory send each other large sums through it.
 
     `sent` counts the bytes that this rank's collectives have sent to other ranks: of an all-to-all as they are, of the
     others as a ring sends them (an all-reduce 2(p−1)/p of its tensor, a gather and a reduce-scatter (p−1)/p of the
     whole), which is what gloo puts on the wire; NCCL may choose another algorithm.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None, watch: Watcher | None = None) -> None:
-        self.process_group, self.watch = process_group, watch
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        watch: Watcher | None = None,
+        peer: PeerMemory | None = None,
+    ) -> None:
+        self.process_group, self.watch, self.peer = process_group, watch, peer
         self.size = dist.get_world_size(process_group)
         self.rank = dist.get_rank(process_group)
         self.sent = 0
@@ -67,12 +91,16 @@ class Group:
     def all_reduce(self, tensor: Tensor, place: str = "") -> Pending:
         """The sum over the ranks, in place."""
         self.sent += 2 * (self.size - 1) * tensor.nbytes // self.size
+        if self.peer is not None and self.peer.takes(tensor.nbytes):
+            return self._exchange(self.peer, "all_reduce", place, tensor, tensor)
         return self._begin("all_reduce", place, dist.all_reduce, tensor, tensor)
 
-    def all_gather(self, tensor: Tensor, place: str = "") -> Pending:
-        """[p·R, …] of [R, …]: the ranks' rows in their order. R must be the same on all."""
+    def all_gather(self, tensor: Tensor, place: str = "", out: Tensor | None = None) -> Pending:
+        """[p·R, …] of [R, …]: the ranks' rows in their order, in `out` where it is given, of which `tensor` may be this
+        rank's part. R must be the same on all."""
         self.sent += (self.size - 1) * tensor.nbytes
-        out = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        if out is None:
+            out = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
         return self._begin("all_gather", place, _all_gather, out, out, tensor)
 
     def reduce_scatter(self, tensor: Tensor, place: str = "") -> Pending:
@@ -81,6 +109,10 @@ class Group:
         On gloo, which would reduce all rows on every rank, the rows are exchanged and added here in the ranks' order.
         """
         rows = tensor.shape[0] // self.size
+        if self.peer is not None and self.peer.takes(tensor.nbytes // 2):
+            self.sent += tensor.nbytes // 2
+            halves = tensor.chunk(2)
+            return self._exchange(self.peer, "reduce_scatter", place, halves[self.rank], halves[1 - self.rank])
         if self._sums_by_exchange:
             whole = self.all_to_all(tensor, [rows] * self.size, [rows] * self.size, place)
             return Pending(lambda: whole.wait().view(self.size, rows, *tensor.shape[1:]).sum(0))
@@ -101,6 +133,27 @@ class Group:
         mine = torch.tensor([list(own)], dtype=torch.int64, device=device)
         found: list[list[int]] = self.all_gather(mine, place).wait().tolist()
         return found
+
+    def spared(self, nbytes: int) -> int:
+        """Multiprocessors that the sum of a tensor of `nbytes` takes, at most."""
+        return 0 if self.peer is not None and self.peer.takes(nbytes) else SPARED
+
+    def _exchange(self, peer: PeerMemory, name: str, place: str, mine: Tensor, sent: Tensor) -> Pending:
+        """`mine` and what the other sends for it: equal bits on both ranks, as two summands have one sum."""
+        arrival = peer.exchange(sent)
+        if self.watch is not None and not torch.cuda.is_current_stream_capturing():
+            self.watch.entered(f"{place}: {name}" if place else name, arrival)
+
+        @contextmanager
+        def pair() -> Iterator[tuple[Tensor, Tensor]]:
+            with arrival.read() as theirs:
+                yield mine, theirs
+
+        def finish() -> Tensor:
+            with pair() as (total, theirs):
+                return total.add_(theirs)
+
+        return Pending(finish, pair)
 
     def _begin(self, name: str, place: str, call: Callable[..., Any], result: Tensor, *args: Any) -> Pending:
         what = f"{place}: {name}" if place else name

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from moe_ep.comm.all_to_all import AllToAll
 from moe_ep.comm.gather import AllGather
 from moe_ep.comm.group import SPARED, Group, Watcher
+from moe_ep.comm.peer import peer_memory
 from moe_ep.comm.reduce import AllReduce, Alone, ReduceScatter
 from moe_ep.comm.strategy import Combine
 from moe_ep.comm.wire import Payload
@@ -78,9 +79,18 @@ def _options() -> Any:
 
 
 def ep_groups(
-    world: int, rank: int, layout: Layout, timeout_s: float, make_watch: MakeWatch = lambda name, ranks: None
+    world: int,
+    rank: int,
+    layout: Layout,
+    timeout_s: float,
+    make_watch: MakeWatch = lambda name, ranks: None,
+    *,
+    peer_copies: bool = True,
 ) -> EpGroups:
-    """Split the world into EP groups of `layout.ranks` consecutive ranks. Every rank of the world must call it."""
+    """Split the world into EP groups of `layout.ranks` consecutive ranks. Every rank of the world must call it.
+
+    peer_copies: whether two ranks of one host send each other sums by copy engines, where they can.
+    """
     size, per_node = layout.ranks, layout.per_node
     mine: dict[str, Group | None] = {"whole": None, "node": None, "rail": None}
     for first in range(0, world, size):
@@ -95,7 +105,9 @@ def ep_groups(
                 # Without a timeout of its own a group takes the backend's default, half an hour.
                 group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), pg_options=_options())
                 if rank in ranks:
-                    mine[kind] = Group(group, make_watch(f"{kind} {ranks[0]}-{ranks[-1]}", ranks))
+                    pair = peer_copies and size == per_node == 2 and dist.get_backend() == "nccl"
+                    peer = peer_memory(group, torch.device("cuda", torch.cuda.current_device())) if pair else None
+                    mine[kind] = Group(group, make_watch(f"{kind} {ranks[0]}-{ranks[-1]}", ranks), peer)
     if layout.nodes == 1:
         mine["node"] = mine["whole"]
     elif per_node == 1:

@@ -1,6 +1,7 @@
 """Tokens that every rank of the group has: the partials are added up on all of them. Or there is one rank."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -38,6 +39,10 @@ class AllReduce(_SameTokens):
         """See `Combine`; in place where the dtype is kept."""
         return self.group.all_reduce(self._summands(partial), combine_place(routed))
 
+    def spared(self, routed: Routed, parts: int) -> int:
+        """See `Combine`."""
+        return self.group.spared(routed.x.numel() // parts * (self.dtype or torch.float32).itemsize)
+
 
 class ReduceScatter(_SameTokens):
     """A reduce-scatter of the partials, then an all-gather of the sums in bf16: as `AllReduce` for tokens that every
@@ -49,13 +54,26 @@ class ReduceScatter(_SameTokens):
     name = "reduce_scatter"
 
     def begin(self, partial: Tensor, routed: Routed | None = None) -> Pending:
-        """See `Combine`: the reduce-scatter is under way when this returns, the all-gather begins at `wait`."""
+        """See `Combine`: on a CPU, where the host has to wait for the sums, the all-gather begins at `wait`."""
         place, tokens, p = combine_place(routed), partial.shape[0], self.group.size
         summands, padding = self._summands(partial), -tokens % p
         if padding:
             summands = torch.nn.functional.pad(summands, (0, 0, 0, padding))
         part = self.group.reduce_scatter(summands, place)
-        return Pending(lambda: self.group.all_gather(part.wait().bfloat16(), place).wait()[:tokens])
+        if not partial.is_cuda:
+            return Pending(lambda: self.group.all_gather(part.wait().bfloat16(), place).wait()[:tokens])
+        sums = torch.empty_like(summands, dtype=torch.bfloat16)
+        mine, side = sums.chunk(p)[self.group.rank], _side(sums.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            mine.copy_(part.wait())
+            whole = self.group.all_gather(mine, place, sums)
+        return Pending(lambda: whole.wait()[:tokens], kept=(summands, part))
+
+
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Alone(Combine):
@@ -71,6 +89,10 @@ class Alone(Combine):
     def begin(self, partial: Tensor, routed: Routed | None = None) -> Pending:
         """See `Combine`."""
         return Pending(lambda: partial)
+
+    def spared(self, routed: Routed, parts: int) -> int:
+        """See `Combine`."""
+        return 0
 
 
 def combine_place(routed: Routed | None) -> str:

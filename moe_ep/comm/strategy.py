@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_ep.comm.group import Pending
+from moe_ep.comm.group import SPARED, Pending
 from moe_ep.spec import TopKOutput
 
 
@@ -51,12 +51,21 @@ class Combine(ABC):
         """`begin`, and wait."""
         return self.begin(partial, routed).wait()
 
+    def arrive(self, partial: Tensor, routed: Routed | None = None) -> None:
+        """`begin`, and wait until what is to be added up is there, as a layer does: for timing."""
+        with self.begin(partial, routed).summands():
+            pass
+
     def parts(self, routed: Routed, wanted: int) -> int:
         """In how many ranges of columns the sums may be combined one after the other: as many on every rank.
 
         `wanted`, which follows from the rows that there are, unless these differ between ranks.
         """
         return wanted
+
+    def spared(self, routed: Routed, parts: int) -> int:
+        """Multiprocessors that are to be left to the combine of one of `parts` ranges, while the next is computed."""
+        return SPARED
 
 
 def combine_for(ep_size: int, group: dist.ProcessGroup | None = None) -> Combine:

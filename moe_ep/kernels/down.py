@@ -88,25 +88,19 @@ def combine_kernel(
     PDL: tl.constexpr,
     BLOCK_H: tl.constexpr,  # hidden features
 ):
-    # The trick: a token's routes are added in the order of its slots by one program, so the sum is the same in every
-    # run; remote slots were never written and are not read. Where the routes go was known before the kernel began that
-    # this one follows, so it is read before that ends, past the first-level cache, which may hold the last op's.
-    cache: tl.constexpr = ".cg" if PDL else ""
+    # The trick: a token's routes are added in the order of its slots by one program, so the sum is the same
+    # in every run; remote slots were never written and are not read.
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     n_tiles: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
     token = (tl.program_id(0) // n_tiles).to(tl.int64)
     n = tl.program_id(0) % n_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
     n_mask = n < HIDDEN
-    first = token * TOP_K
-    rows = ()
-    for slot in tl.static_range(TOP_K):
-        row = local_row(ids_ptr, map_ptr, first + slot, first >= 0, known, LOCAL, HAS_MAP, cache)
-        rows = rows + (row,)  # type: ignore[assignment]
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     acc = tl.zeros((BLOCK_H,), dtype=tl.float32)
     for slot in tl.static_range(TOP_K):
-        mask = n_mask & (rows[slot] >= 0)
-        y = tl.load(y_ptr + (first + slot) * HIDDEN + n, mask=mask, other=0.0).to(tl.float32)
-        acc += y * tl.load(weight_ptr + first + slot) if WEIGHS else y
+        route = token * TOP_K + slot
+        row = local_row(ids_ptr, map_ptr, route, route >= 0, known, LOCAL, HAS_MAP)
+        y = tl.load(y_ptr + route * HIDDEN + n, mask=n_mask & (row >= 0), other=0.0).to(tl.float32)
+        acc += y * tl.load(weight_ptr + route) if WEIGHS else y
     tl.store(out_ptr + token * HIDDEN + n, acc.to(out_ptr.dtype.element_ty), mask=n_mask)

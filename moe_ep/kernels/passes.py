@@ -33,10 +33,12 @@ def swiglu_kernel(
 @triton.jit
 def add_kernel(
     total_ptr,  # f32 or bf16 [M, WIDTH]
+    other_ptr,  # the same, read if HAS_OTHER
     shared_ptr,  # bf16: column `first` of [M, HIDDEN], read if HAS_SHARED
     out_ptr,  # out: bf16: column `first` of [M, HIDDEN]
     WIDTH: tl.constexpr,
     HIDDEN: tl.constexpr,
+    HAS_OTHER: tl.constexpr,
     HAS_SHARED: tl.constexpr,
     BLOCK: tl.constexpr,  # features
 ):
@@ -45,6 +47,8 @@ def add_kernel(
     n = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     mask = n < WIDTH
     total = tl.load(total_ptr + row * WIDTH + n, mask=mask, other=0.0).to(tl.float32)
+    if HAS_OTHER:
+        total += tl.load(other_ptr + row * WIDTH + n, mask=mask, other=0.0).to(tl.float32)
     if HAS_SHARED:
         total += tl.load(shared_ptr + row * HIDDEN + n, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * HIDDEN + n, total.to(tl.bfloat16), mask=mask)

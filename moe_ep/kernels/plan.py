@@ -10,13 +10,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def local_row(ids_ptr, map_ptr, route, mask, known, LOCAL: tl.constexpr, HAS_MAP: tl.constexpr, CACHE: tl.constexpr):
+def local_row(ids_ptr, map_ptr, route, mask, known, LOCAL: tl.constexpr, HAS_MAP: tl.constexpr):
     """The local row of each route's expert, −1 where this rank has none. `known` is how many experts there are."""
-    wide = tl.load(ids_ptr + route, mask=mask, other=-1, cache_modifier=CACHE)
+    wide = tl.load(ids_ptr + route, mask=mask, other=-1)
     exists = mask & (wide >= 0) & (wide < known)  # of unsigned ids, what is not loaded looks like one
     # A negative id must not wrap to the last entry of the map, nor one of 64 bits to another expert's.
     expert = tl.where(exists, wide, 0).to(tl.int32)
-    row = tl.load(map_ptr + expert, mask=exists, other=-1, cache_modifier=CACHE).to(tl.int32) if HAS_MAP else expert
+    row = tl.load(map_ptr + expert, mask=exists, other=-1).to(tl.int32) if HAS_MAP else expert
     return tl.where(exists & (row < LOCAL), row, -1)
 
 
@@ -54,7 +54,7 @@ def count_kernel(
     program = tl.program_id(0)
     if program < tiles:
         route = program * BLOCK_T + tl.arange(0, BLOCK_T)
-        rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP, "")
+        rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
         counts = tl.histogram(rows, BLOCK_L, mask=rows >= 0)
         tl.store(count_ptr + program * BLOCK_L + tl.arange(0, BLOCK_L), counts)
     else:
@@ -106,7 +106,7 @@ def place_kernel(
     before = tl.zeros((BLOCK_L,), dtype=tl.int32)  # this tile
     if ALONE:
         every = tl.arange(0, BLOCK_A)
-        theirs = local_row(ids_ptr, map_ptr, every, every < routes, known, LOCAL, HAS_MAP, "")
+        theirs = local_row(ids_ptr, map_ptr, every, every < routes, known, LOCAL, HAS_MAP)
         counts += tl.histogram(theirs, BLOCK_L, mask=theirs >= 0)
         if BLOCK_A > BLOCK_T:
             before += tl.histogram(theirs, BLOCK_L, mask=(theirs >= 0) & (every < program * BLOCK_T))
@@ -122,7 +122,7 @@ def place_kernel(
         r = tl.arange(0, BLOCK_R)
         for first_route in range(program * BLOCK_T, (program + 1) * BLOCK_T, BLOCK_R):
             route = first_route + r
-            rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP, "")
+            rows = local_row(ids_ptr, map_ptr, route, route < routes, known, LOCAL, HAS_MAP)
             earlier = (rows[:, None] == rows[None, :]) & (r[None, :] < r[:, None])
             hits = (rows[:, None] == row[None, :]).to(tl.int32)
             place = tl.sum(hits * position[None, :], 1) + tl.sum(earlier.to(tl.int32), 1)

@@ -113,7 +113,7 @@ def quantise_local(
     # Layout: one program makes one group of one route.
     groups: tl.constexpr = (WIDTH + 127) // 128
     route = tl.program_id(0) // groups
-    if local_row(ids_ptr, map_ptr, route, route >= 0, known, LOCAL, HAS_MAP, "") < 0:
+    if local_row(ids_ptr, map_ptr, route, route >= 0, known, LOCAL, HAS_MAP) < 0:
         return
     row = route.to(tl.int64) + tl.arange(0, 1)
     k = tl.program_id(0) % groups * GROUP + tl.arange(0, GROUP)

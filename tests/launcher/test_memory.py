@@ -17,7 +17,7 @@ from launcher.fit import MemoryPlan, plan_memory
 from launcher.memory import Item, RankMemory, kv_bytes
 from launcher.plan import make_plan, problems_on_site
 from launcher.show_memory import describe
-from moe_ep.footprint import loading_bytes
+from moe_ep.footprint import PEER_BYTES, loading_bytes
 from moe_ep.headers import CONFIG, INDEX
 from moe_ep.reading import buffer_bytes
 from moe_ep.synthetic import write_checkpoint
@@ -215,6 +215,16 @@ def test_slices_of_experts_and_the_shared_expert_take_their_part() -> None:
     items = [{item.name: item.job for item in plan.ranks[0].items} for plan in (whole, cut)]
     for name in ("routed experts", "shared experts"):
         assert items[0][name] == 4 * items[1][name]
+
+
+def test_two_gpus_that_write_each_others_memory_hold_it() -> None:
+    def communicator(*overrides: str) -> int:
+        (item,) = (item for item in planned("v4flash-gpus", *overrides).ranks[0].items if item.name == "communicator")
+        return item.job
+
+    without = communicator("comm.peer_copies=false")
+    assert communicator() - without == PEER_BYTES
+    assert communicator("topology={nodes: 1, ranks_per_node: 4, tp: 4, ep: 4}") == without
 
 
 def test_a_checkpoint_of_other_sizes_or_a_damaged_one_is_an_input_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,16 +12,22 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from moe_ep.bench.comm import TINY, Bench, build_layers, graphs_equal, tokens_of
-from moe_ep.comm import Alone
+from moe_ep.comm import Alone, Group
 from moe_ep.comm.groups import EpGroups, ep_groups
+from moe_ep.comm.peer import LEAST_BYTES
 from moe_ep.comm.watch import Watch
 from moe_ep.cost import OWN_TOKENS, SAME_TOKENS
 from moe_ep.network import Layout
 from tests.moe_ep.experts import relative_error
 
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]  # not in __all__
+
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs of one host")
 
 WORLD = 2
+MANY = 32_767
+"""Tokens of which even a quarter's sums are large enough for copies between peers."""
 
 
 def _start(rank: int, store: str) -> None:
@@ -34,8 +41,10 @@ def _start(rank: int, store: str) -> None:
     check_layers(bench, groups)
     for name in ("all_reduce", "reduce_scatter", "all_gather"):
         (layer,) = build_layers(TINY, bench, 1)
-        graphs_equal("tiny", TINY, layer, 33, name, bench)
-        assert bench.lines[-1]["equal"], f"{name}: a replayed graph gives other bits"
+        for tokens in (33, MANY):
+            graphs_equal("tiny", TINY, layer, tokens, name, bench)
+            assert bench.lines[-1]["equal"], f"{name}, {tokens} tokens: a replayed graph gives other bits"
+    check_that_large_sums_are_copied(bench, groups)
     check_that_an_all_to_all_is_not_captured(bench, groups)
     check_who_is_waited_for(shared, rank, device)
     dist.destroy_process_group()
@@ -44,7 +53,7 @@ def _start(rank: int, store: str) -> None:
 def check_layers(bench: Bench, groups: EpGroups) -> None:
     """Every strategy, whole and in ranges of columns, against partials that are added up on one device."""
     (layer,) = build_layers(TINY, bench, 1)
-    for tokens in (0, 1, 7, 300):
+    for tokens in (0, 1, 7, 300, MANY):
         whole, counts = tokens_of(TINY, tokens, bench, own=False)
         layer.combine = Alone()
         shared = layer.shared_expert
@@ -80,10 +89,22 @@ def check_that_an_all_to_all_is_not_captured(bench: Bench, groups: EpGroups) -> 
         layer(x)
 
 
-def check_who_is_waited_for(store: dist.FileStore, rank: int, device: torch.device) -> None:  # type: ignore[name-defined]
-    """A rank that begins a collective which the other does not is told who that is, while its host is free."""
-    from moe_ep.comm import Group
+def check_that_large_sums_are_copied(bench: Bench, groups: EpGroups) -> None:
+    """And small ones are not; both give NCCL's bits, which has no other order of two summands."""
+    group = groups.whole
+    assert group is not None
+    assert group.peer is not None, "two GPUs of one host that reach each other"
+    for nbytes, copied in ((LEAST_BYTES // 2, False), (LEAST_BYTES, True)):
+        given = torch.randn(nbytes // 4, device=bench.device)
+        expected = given.clone()
+        dist.all_reduce(expected)
+        pending = group.all_reduce(given)
+        assert (pending.pair is not None) == copied
+        assert torch.equal(pending.wait(), expected)
 
+
+def check_who_is_waited_for(store: "Store", rank: int, device: torch.device) -> None:
+    """A rank that begins a collective which the other does not is told who that is, while its host is free."""
     said: list[str] = []
     watch = Watch(store, "late", rank, (0, 1), 1.0, said.append)
     group = Group(None, watch)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from moe_ep.cost import (
     predict,
     traffic,
 )
-from moe_ep.network import MI300A, SLINGSHOT, Device, Layout, Link
+from moe_ep.network import MI300A, SLINGSHOT, Device, Layout, Link, Network
 from moe_ep.shape import ModelShape
 
 FLASH = ModelShape(hidden=4096, intermediate=2048, layers=43, experts=256, top_k=6, vocab=129280)
@@ -116,7 +117,7 @@ def test_what_was_measured_corrects_the_model() -> None:
     layout = Layout(8, 4)
     measured: dict[int, dict[Name, float]] = {
         64: {"all_gather": 900.0, "all_to_all": 300.0},
-        4096: {"all_gather": 1000.0, "all_to_all": 950.0},
+        4096: {"all_gather": 1000.0, "all_to_all": 975.0},
     }
 
     def taken(tokens: int, *, capturing: bool = False) -> Choice:
@@ -128,7 +129,7 @@ def test_what_was_measured_corrects_the_model() -> None:
     assert at_64.us == pytest.approx(measured[64]), "there it is what was measured"
     assert "; as measured at 64 tokens" in at_64.why
     assert taken(64, capturing=True).name == "all_gather"
-    assert taken(4096).name == "all_gather", "five per cent may be chance"
+    assert taken(4096).name == "all_gather", "so little may be chance"
     assert taken(300).why.endswith("as measured at 64 tokens")
     assert taken(600).why.endswith("as measured at 4096 tokens")
     alone = choose(False, Layout(1, 1), PRO, 8, WIRE, SLINGSHOT, measured={8: {"all_reduce": 1, "reduce_scatter": 1}})
@@ -175,3 +176,19 @@ def test_a_second_gemm_is_cut_where_that_is_faster() -> None:
     short = replace(SLINGSHOT, fabric=Link(32, 1e12), node=Link(4, 1e12))
     hidden = cut_for_overlap("all_reduce", layout, PRO, 65536, WIRE, short, MI300A)
     assert hidden == 1, "nor where the shared expert hides the combine anyway"
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "copies", "parts"),
+    [
+        *[(FLASH, 1024, copies, 1) for copies in (False, True)],
+        *[(FLASH, 8192, False, 1), (FLASH, 8192, True, 4), (PRO, 1024, True, 2), (PRO, 8192, True, 4)],
+    ],
+)
+def test_ranges_are_what_was_fastest_between_two_h200(shape: ModelShape, tokens: int, copies: bool, parts: int) -> None:
+    # all_reduce in f32, without shared expert: collectives of NCCL beside the next range cost more than they saved.
+    link = Link(step_us=3, bytes_per_s=350e9 if copies else 280e9)
+    nvlink = Network(call_us=10, peer_us=1, host_us=1000, node=link, fabric=link, source="two H200")
+    device = Device(4.21e12, 7.73e14)
+    of_model: tuple[Any, ...] = ("all_reduce", Layout(2, 2), shape, tokens, WIRE, nvlink, device)
+    assert cut_for_overlap(*of_model, whole_shared=False, copied=4 * copies) == parts

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from moe_ep import explain_selection, fused_moe_mxfp4, select_backend
 from moe_ep.backends.triton_kernel import Target, _Op, _op, _Shape, using
+from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.launch import FP8_KERNELS, Gemm, LaunchConfig, fit_fp8
 from moe_ep.mxfp4 import dequantise, pack
 from moe_ep.order import KernelOrder, to_kernel_order
@@ -332,6 +333,7 @@ def test_what_nvidia_runs_with_fp8_activations_compiles_for_hopper() -> None:
         (op.rounder.routes, {"h": "fp32", "weight": "fp32", "out": "bf16", "scale": "bf16"}),
         (op.down, {**gemm, "h": "bf16"}),
     ):
+        assert isinstance(launch, BoundLaunch)
         names, signature, pointers = launch.kernel.arg_names, {}, {}
         for i, name in enumerate(names):
             signature[name] = "constexpr" if name in launch.constants else "i32" if name == "rows" else "fp32"

@@ -38,10 +38,10 @@ def swiglu(*args: Any) -> Tensor:
     return passes.swiglu(*args)
 
 
-def added(total: Tensor, shared: Tensor | None, out: Tensor, first: int) -> Tensor:
+def added(total: Tensor, other: Tensor | None, shared: Tensor | None, out: Tensor, first: int) -> Tensor:
     from moe_ep import passes
 
-    passes.add(total, shared, out, first)
+    passes.add(total, other, shared, out, first)
     return out
 
 
@@ -73,19 +73,27 @@ def test_the_activation(way: Way, tokens: int, inner: int, limit: float | None, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("with_shared", [True, False])
+@pytest.mark.parametrize(("with_other", "with_shared"), [(False, True), (False, False), (True, True), (True, False)])
 @pytest.mark.parametrize(("tokens", "hidden", "parts"), [(0, 128, 1), (3, 96, 1), (2, 2560, 2)])
 def test_the_sum_with_the_shared_expert(
-    way: Way, tokens: int, hidden: int, parts: int, with_shared: bool, dtype: torch.dtype, device: torch.device
+    way: Way,
+    tokens: int,
+    hidden: int,
+    parts: int,
+    with_other: bool,
+    with_shared: bool,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     width = hidden // parts
     shared = normal(tokens, hidden, seed=1).bfloat16() if with_shared else None
     got, expected = (torch.full((tokens, hidden), -1.0).bfloat16() for _ in range(2))
     for part in range(parts):
         total = normal(tokens, width, seed=2 + part).to(dtype)
-        add_columns(total, shared, expected, part * width)
-        on_device = None if shared is None else shared.to(device)
-        got = call(way, added, total.to(device), on_device, got.to(device), part * width).cpu()
+        other = normal(tokens, width, seed=4 + part).to(dtype) if with_other else None
+        add_columns(total, shared, expected, part * width, other)
+        summands = [None if one is None else one.to(device) for one in (total, other, shared)]
+        got = call(way, added, *summands, got.to(device), part * width).cpu()
     assert torch.equal(got, expected)
 
 
