@@ -237,6 +237,8 @@ class _Cut:
     """int32 [parts, B]; −1 past the last block stays below 0."""
 
 
+_OFFSETS = 2**31
+"""Elements that an offset of 32 bits reaches."""
 _BUFFER_BYTES = 2**31
 """What a buffer load reaches from its base."""
 
@@ -249,7 +251,7 @@ def _config(shape: _Shape) -> LaunchConfig:
     )
     if shape.rounds and config.kernel not in (FP8_KERNELS if shape.fp8 else ("tile",)):
         raise ValueError(f"fp8 activations with weights in {shape.order} order: no {config.kernel} kernel takes them")
-    if config.kernel == "warpgroup" and not shape.copied:
+    if config.kernel == "warpgroup" and (not shape.copied or shape.tokens * shape.hidden >= _OFFSETS):
         return tile(routes / shape.known, shape.target.warp_size)
     return config
 

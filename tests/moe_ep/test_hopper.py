@@ -159,6 +159,7 @@ def test_what_asynchronous_copies_cannot_take_goes_to_the_tile_kernel() -> None:
     assert _config(what).kernel == "warpgroup"
     assert _config(replace(what, aligned=(True, False, True))).kernel == "tile"
     assert _config(replace(what, aligned=(True, True, True, False, True))).kernel == "tile"
+    assert _config(replace(what, tokens=300_000)).kernel == "tile", "offsets of activations have 32 bits"
     assert _config(replace(what, tokens=8, aligned=(True, False, True))).kernel == "stream", (
         "plain loads take any address"
     )
