@@ -19,8 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_ep.kernels.fragments import decode_scaled
 
-# Triton 3.9 has another name for it.
+# Triton 3.9 has other names for them.
 _copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+_copy_box = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_NEW_VIEWS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 WARPGROUPS = gl.constexpr(2)
 # Activations lie as two panels of 64 k, which come in boxes of a quarter of the rows, as many as there are routes.
@@ -107,6 +109,12 @@ def rows_layout(ROWS, TURNS, ELEMENTS):
 
 
 @gluon.jit
+def _view(buffer, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """The same memory with another shape and layout."""
+    return buffer.reinterpret(dtype, shape, layout) if _NEW_VIEWS else buffer._reinterpret(dtype, shape, layout)
+
+
+@gluon.jit
 def open_pipe(words_desc, scales_desc, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constexpr):
     """For each stage: activations, words and scales in the copy engine's boxes, and two barriers.
 
@@ -144,8 +152,8 @@ def fill_weights(
     ready = pipe[3].index(stage)
     words = pipe[1].index(stage * WARPGROUPS + WARPGROUP)
     scales = pipe[2].index(stage * WARPGROUPS + WARPGROUP)
-    tma.async_copy_global_to_shared(words_desc, place + (group, 0, 0), ready, words)
-    tma.async_copy_global_to_shared(scales_desc, place + (group, 0), ready, scales)
+    _copy_box(words_desc, place + (group, 0, 0), ready, words)
+    _copy_box(scales_desc, place + (group, 0), ready, scales)
 
 
 @gluon.jit
@@ -153,10 +161,10 @@ def fill_boxes(pipe, rows_desc, row, boxes, group, index, BLOCK_M: gl.constexpr,
     """Begin to copy activations from `row` on by the copy engine, `boxes` of each panel."""
     stage = index % STAGES
     box_rows: gl.constexpr = BLOCK_M // BOXES
-    x = pipe[0]._reinterpret(gl.bfloat16, [STAGES * PANELS * BOXES, box_rows, 64], PANEL)
+    x = _view(pipe[0], gl.bfloat16, [STAGES * PANELS * BOXES, box_rows, 64], PANEL)
     for panel in gl.static_range(PANELS):
         for box in gl.static_range(BOXES):
-            tma.async_copy_global_to_shared(
+            _copy_box(
                 rows_desc, [row + box * box_rows, group * 128 + panel * 64], pipe[3].index(stage),
                 x.index((stage * PANELS + panel) * BOXES + box), pred=box < boxes,
             )  # fmt: skip
@@ -244,8 +252,8 @@ def products(
         index = first + group
         stage = index % STAGES
         own = stage * WARPGROUPS + WARPGROUP
-        own_words = words.index(own)._reinterpret(gl.uint16, [rows, 32], rows_layout(rows, TURNS, 32))
-        own_scales = scales.index(own)._reinterpret(gl.uint32, [rows], rows_layout(rows, TURNS, 1))
+        own_words = _view(words.index(own), gl.uint16, [rows, 32], rows_layout(rows, TURNS, 32))
+        own_scales = _view(scales.index(own), gl.uint32, [rows], rows_layout(rows, TURNS, 1))
         mbarrier.wait(ready.index(stage), index // STAGES % 2)
         for tile in gl.static_range(TILES):
             raw = own_words.slice(64 * tile, 64).load(left)
