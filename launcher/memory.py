@@ -189,6 +189,7 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
         shared_tp=topology.shared_tp,
         kernels=_computed_by_kernels(config),
         presharded=config.model.presharded is not None and job.kind == "probe",
+        made=config.model.made_skew is not None,
         fp8=fp8,
         sharing=sharing,
     )
