@@ -65,14 +65,13 @@ def work_bytes(
     """Of a probe, by part of its work; one part follows another. `tokens`: of its largest pass. `parity_share`: ranks
     that share out the comparison. `kernels`: whether they compute, or the reference. `presharded`: nothing is
     converted. `made`: weights are, on the device. `fp8`: activations are rounded to it."""
-    cut = {"expert_tp": expert_tp, "shared_tp": shared_tp}
-    loading = 0 if presharded else loading_bytes(shape, layers, local_experts, **cut, kernels=kernels)
+    cut: dict[str, Any] = {"expert_tp": expert_tp, "shared_tp": shared_tp, "kernels": kernels}
+    loading = 0 if presharded else loading_bytes(shape, layers, local_experts, **cut)
     mine = -(-parity_tokens // parity_share)
-    how: dict[str, Any] = {"kernels": kernels, "fp8": fp8, "sharing": sharing}
     return {
         "loading": loading,
-        "parity": parity_bytes(shape, parity_tokens, mine, **cut, made=made, **how),
-        "largest pass": pass_bytes(shape, tokens, **cut, kept=parity_tokens, **how),
+        "parity": parity_bytes(shape, parity_tokens, mine, **cut, made=made, fp8=fp8, sharing=sharing),
+        "largest pass": pass_bytes(shape, tokens, **cut, kept=parity_tokens, fp8=fp8, sharing=sharing),
     }
 
 
