@@ -117,7 +117,7 @@ class Communication:
         if whole is None or name not in ("all_reduce", "all_gather"):  # the sums of others go by collectives too
             return 0
         sent = sums if name == "all_reduce" else sums // whole.size
-        return max((parts for parts in PARTS if whole.spared(sent // parts) == 0), default=0)
+        return max((parts for parts in PARTS if whole.spared(sent // parts, parts) == 0), default=0)
 
     def record(self) -> dict[str, Any]:
         """What was configured, and what would be taken for each batch size and why."""

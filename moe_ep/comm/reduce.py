@@ -41,7 +41,7 @@ class AllReduce(_SameTokens):
 
     def spared(self, routed: Routed, parts: int) -> int:
         """See `Combine`."""
-        return self.group.spared(routed.x.numel() // parts * (self.dtype or torch.float32).itemsize)
+        return self.group.spared(routed.x.numel() // parts * (self.dtype or torch.float32).itemsize, parts)
 
 
 class ReduceScatter(_SameTokens):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from moe_ep.comm import Group, Pending
-from moe_ep.comm.peer import LEAST_BYTES, PeerMemory
+from moe_ep.comm.peer import LEAST_BYTES, PeerMemory, shared_memory
 from moe_ep.comm.reduce import AllReduce
 from moe_ep.comm.watch import Watch
 from moe_ep.footprint import PEER_BYTES
@@ -37,7 +37,7 @@ def _start(rank: int, store: str) -> None:
     dist.init_process_group("gloo", store=shared, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     process_group = dist.new_group([0, 1])
     assert process_group is not None
-    peer = PeerMemory(process_group, device)
+    peer = PeerMemory(process_group, shared_memory(device), 60)
     torch.manual_seed(rank)
     check_sizes(peer)
     check_sums(Group(process_group, None, peer), device)
