@@ -227,6 +227,7 @@ def test_two_gpus_that_write_each_others_memory_hold_it() -> None:
     without = communicator("comm.peer_copies=false")
     assert communicator() - without == PEER_BYTES
     assert communicator("topology={nodes: 1, ranks_per_node: 4, tp: 4, ep: 4}") == without
+    assert communicator("job.kind=tune") == without, "which combines nothing"
 
 
 def test_a_checkpoint_of_other_sizes_or_a_damaged_one_is_an_input_error(tmp_path: Path) -> None:
