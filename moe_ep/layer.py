@@ -153,14 +153,18 @@ class MoELayer(nn.Module):
         whole = None if self.shared_is_sharded else self.shared_expert
         under_way: list[Pending] = []
         try:
-            for partial in self._partials(routed, parts, spared):
-                under_way.append(self.combine.begin(partial, routed))
+            self._begin(under_way, routed, parts, spared)
             return finish(hidden_states, under_way, whole, pause=spared > 0)
         except BaseException:
             for pending in under_way:
                 with suppress(RuntimeError):  # a device that failed fails again: the first error is the one to tell
                     pending.give_up()
             raise
+
+    def _begin(self, under_way: list[Pending], routed: Routed, parts: int, spared: int) -> None:
+        """Begin the combine of each range as soon as it is computed, and keep no partial for longer."""
+        for partial in self._partials(routed, parts, spared):
+            under_way.append(self.combine.begin(partial, routed))
 
     def _partials(self, routed: Routed, parts: int, spared: int) -> Iterator[Tensor]:
         """The partial in ranges of columns, with the rank's slice of the shared expert where it has one."""
