@@ -14,6 +14,7 @@ import torch.distributed._symmetric_memory as symmetric
 from torch import Tensor
 
 from moe_ep.comm import AllGather, AllReduce, Combine, Group, ReduceScatter
+from moe_ep.comm.group import SPARED
 from moe_ep.comm.peer import _ARRIVED, _READ, LEAST_BYTES, PeerMemory, peer_memory
 from moe_ep.layer import SharedExpert, finish
 from moe_ep.spec import TopKOutput
@@ -24,15 +25,18 @@ COUNTS = ([3, 3], [4, 1], [0, 2], [0, 0])
 
 
 class OverGloo:
-    """Takes what is not empty; counts what has been read."""
+    """Takes what is not empty; notes what it is asked to take and sends, and counts what has been read."""
 
     def __init__(self) -> None:
         self.read = 0
+        self.asked, self.sent = (0, 0), 0
 
     def takes(self, nbytes: int, parts: int = 1) -> bool:
+        self.asked = (nbytes, parts)
         return nbytes > 0
 
     def exchange(self, sent: Tensor) -> Any:
+        self.sent = sent.nbytes
         received = torch.empty_like(sent)
         peer = 1 - dist.get_rank()
         for work in dist.batch_isend_irecv(
@@ -82,10 +86,15 @@ def check(
     assert torch.equal(paired(partial.clone(), routed[1]), expected)
     assert (peer.read == read + 1) == (len(partial) > 0), "what has been read is given back"
     ranges = [half.contiguous() for half in partial.chunk(2, 1)]
+    spared, asked = paired.spared(routed[1], 2), peer.asked
     ends = [
         finish(x, [combine.begin(half.clone(), one) for half in ranges], shared)
         for combine, one in zip((plain, paired), routed, strict=True)
     ]
+    if paired.name != "reduce_scatter" and len(partial):
+        assert (spared, asked) == (0, (peer.sent, 2)), "it asks for what it sends, and for both ranges"
+    else:
+        assert spared == plain.spared(routed[0], 2) == SPARED, "a collective takes part in it"
     # Sums in bf16 are rounded once less where the last pass adds the two up.
     exact = expected.dtype == torch.float32 or paired.name == "reduce_scatter"
     torch.testing.assert_close(*ends, rtol=0 if exact else 2e-2, atol=0 if exact else 4e-2)
