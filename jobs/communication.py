@@ -117,7 +117,7 @@ class Communication:
         if whole is None or name not in ("all_reduce", "all_gather"):  # the sums of others go by collectives too
             return 0
         sent = sums if name == "all_reduce" else sums // whole.size
-        return max((parts for parts in PARTS if whole.spared(sent // parts) == 0), default=0)
+        return max((parts for parts in PARTS if whole.spared(sent // parts, parts) == 0), default=0)
 
     def record(self) -> dict[str, Any]:
         """What was configured, and what would be taken for each batch size and why."""
@@ -195,7 +195,8 @@ class Communication:
             seconds = [self._seconds(call) if call else 0.0 for _ in range(repeats) for call in calls]
             times = slowest(seconds, self.where)
             rounds += [times[at : at + len(calls)] for at in range(0, len(times), len(calls))]
-            agreed, spent = agree(rounds, ways), sum(map(sum, rounds))
+            agreed = agree(rounds, ways)
+            spent = sum(call.times * one for times in rounds for call, one in zip(calls, times, strict=True) if call)
             if agreed or len(rounds) >= _MOST * repeats or spent > _MOST_S:
                 break
         us = [1e6 * one for one in least(rounds, [(call,) for call in range(len(calls))])]

@@ -172,6 +172,7 @@ def planned_work(request: ProbeRequest, where: Place, impl: str) -> dict[str, in
         shared_tp=shared_slice(request, where).size,
         kernels=impl != "reference",
         presharded=request.presharded is not None and request.kind == "probe",
+        made=request.made_skew is not None,
         fp8=request.activation_dtype == "fp8",
         sharing=Sharing(
             where.group_size if request.own_tokens else 1,

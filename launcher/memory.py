@@ -189,6 +189,7 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
         shared_tp=topology.shared_tp,
         kernels=_computed_by_kernels(config),
         presharded=config.model.presharded is not None and job.kind == "probe",
+        made=config.model.made_skew is not None,
         fp8=fp8,
         sharing=sharing,
     )
@@ -212,8 +213,9 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
         served_cache += kept_bytes(attention, shape.layers, tokens, value)
     in_fp8 = shape.held_bytes(layers, local, shared_tp=topology.shared_tp)["shared experts"] // 2
     combining = Layout.of(max(topology.ep, topology.expert_tp), topology.ranks_per_node)
-    peers = config.comm.peer_copies and cluster.arch.startswith("sm") and combining == Layout(2, 2)
-    communicator = int(cluster.communicator_gb * GB) + PEER_BYTES * peers
+    copying = config.comm.peer_copies and job.kind in ("probe", "preshard")  # a service sums by collectives
+    peers = copying and cluster.arch.startswith("sm") and combining == Layout(2, 2)
+    communicator = int(cluster.communicator_gb * GB)
     items = (
         Item(
             "routed experts",
@@ -272,7 +274,7 @@ def _items(config: Config, place: RankPlace, weights: Weights, attention: Attent
         ),
         Item(
             "communicator",
-            communicator,
+            communicator + PEER_BYTES * peers,
             communicator,
             f"cluster's figure{', copies between two GPUs' if peers else ''}",
         ),

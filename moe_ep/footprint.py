@@ -5,6 +5,7 @@ takes within an operation (a matrix product's workspace, a collective's buffers)
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from moe_ep.ranges import EXCHANGE_BYTES
 from moe_ep.shape import KERNEL_GROUP, MXFP4_BLOCK, ModelShape
@@ -57,19 +58,20 @@ def work_bytes(
     shared_tp: int = 1,
     kernels: bool = True,
     presharded: bool = False,
+    made: bool = False,
     fp8: bool = False,
     sharing: Sharing = ALIKE,
 ) -> dict[str, int]:
     """Of a probe, by part of its work; one part follows another. `tokens`: of its largest pass. `parity_share`: ranks
     that share out the comparison. `kernels`: whether they compute, or the reference. `presharded`: nothing is
-    converted. `fp8`: activations are rounded to it."""
-    cut = {"expert_tp": expert_tp, "shared_tp": shared_tp}
-    loading = 0 if presharded else loading_bytes(shape, layers, local_experts, **cut, kernels=kernels)
+    converted. `made`: weights are, on the device. `fp8`: activations are rounded to it."""
+    cut: dict[str, Any] = {"expert_tp": expert_tp, "shared_tp": shared_tp, "kernels": kernels}
+    loading = 0 if presharded else loading_bytes(shape, layers, local_experts, **cut)
     mine = -(-parity_tokens // parity_share)
     return {
         "loading": loading,
-        "parity": parity_bytes(shape, parity_tokens, mine, **cut, kernels=kernels, fp8=fp8, sharing=sharing),
-        "largest pass": pass_bytes(shape, tokens, **cut, kernels=kernels, kept=parity_tokens, fp8=fp8, sharing=sharing),
+        "parity": parity_bytes(shape, parity_tokens, mine, **cut, made=made, fp8=fp8, sharing=sharing),
+        "largest pass": pass_bytes(shape, tokens, **cut, kept=parity_tokens, fp8=fp8, sharing=sharing),
     }
 
 
@@ -152,19 +154,21 @@ def parity_bytes(
     expert_tp: int = 1,
     shared_tp: int = 1,
     kernels: bool = True,
+    made: bool = False,
     fp8: bool = False,
     sharing: Sharing = ALIKE,
 ) -> int:
     """The most while a layer is held against the dense reference: `tokens` pass, `mine` of them are compared.
 
     The reference holds three matrices of one expert, the last on its way to f32, beside them as they were read, and the
-    router, of a hash layer with its table.
+    router, of a hash layer with its table. What is read from files reaches a GPU a matrix at a time, what is `made`
+    there all at once.
     """
     cut = {"expert_tp": expert_tp, "shared_tp": shared_tp}
     kept = kept_bytes(shape, tokens, expert_tp=expert_tp, fp8=fp8) if kernels else 0
-    matrix = shape.hidden * shape.intermediate
-    routed = (2 * 4 + _DEQUANTISE + 3 * _PACKED) * matrix
-    shared = (2 * 4 + _DEQUANTISE_FP8 + 3) * matrix * shape.shared_experts
+    matrix, read = shape.hidden * shape.intermediate, 1 if sharing.gpu and not made else 3
+    routed = (2 * 4 + _DEQUANTISE + read * _PACKED) * matrix
+    shared = (2 * 4 + _DEQUANTISE_FP8 + read) * matrix * shape.shared_experts
     router = 2 * shape.experts * shape.hidden + (8 * shape.vocab * shape.top_k if shape.hash_layers else 0)
     reference = kept + 4 * shape.hidden * tokens + 8 * shape.hidden * mine + router + int(max(routed, shared))
     return max(reference, pass_bytes(shape, tokens, **cut, kernels=kernels, fp8=fp8, sharing=sharing))

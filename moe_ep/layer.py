@@ -1,6 +1,7 @@
 """`MoELayer`: router, this rank's experts, the shared expert, and the combine."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -149,9 +150,21 @@ class MoELayer(nn.Module):
         wanted = self.cut(routed.x.shape[0]) if self.cut is not None else 1
         parts = self.combine.parts(routed, wanted)
         spared = self.combine.spared(routed, parts)
-        under_way = [self.combine.begin(partial, routed) for partial in self._partials(routed, parts, spared)]
         whole = None if self.shared_is_sharded else self.shared_expert
-        return finish(hidden_states, under_way, whole, pause=spared > 0)
+        under_way: list[Pending] = []
+        try:
+            self._begin(under_way, routed, parts, spared)
+            return finish(hidden_states, under_way, whole, pause=spared > 0)
+        except BaseException:
+            for pending in under_way:
+                with suppress(RuntimeError):  # a device that failed fails again: the first error is the one to tell
+                    pending.give_up()
+            raise
+
+    def _begin(self, under_way: list[Pending], routed: Routed, parts: int, spared: int) -> None:
+        """Begin the combine of each range as soon as it is computed, and keep no partial for longer."""
+        for partial in self._partials(routed, parts, spared):
+            under_way.append(self.combine.begin(partial, routed))
 
     def _partials(self, routed: Routed, parts: int, spared: int) -> Iterator[Tensor]:
         """The partial in ranges of columns, with the rank's slice of the shared expert where it has one."""

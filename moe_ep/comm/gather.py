@@ -57,11 +57,13 @@ class AllGather(Combine):
         """See `Combine`."""
         way = _way(routed)
         whole = self.group.reduce_scatter(partial.to(self.dtype), combine_place(routed))
-        return whole if way.own == way.rows else Pending(lambda: whole.wait()[: way.own])
+        if way.own == way.rows:
+            return whole
+        return Pending(lambda: whole.wait()[: way.own], give_up=whole.give_up)
 
     def spared(self, routed: Routed, parts: int) -> int:
         """See `Combine`."""
-        return self.group.spared(routed.x.numel() // parts * self.dtype.itemsize // self.group.size)
+        return self.group.spared(routed.x.numel() // parts * self.dtype.itemsize // self.group.size, parts)
 
 
 def _way(routed: Routed | None) -> _Way:

@@ -45,12 +45,14 @@ class Watcher(Protocol):
 class Pending:
     """A result that is under way. `wait` gives it; on a GPU only the current stream waits, not the host.
 
-    kept: what other streams use until then, and would else be given out again on this one.
+    kept: what other streams use until then, and would else be given out again on this one. give_up: to be called
+    instead of `wait` after an error, that what is begun later finds the group as the other ranks do.
     """
 
     finish: Callable[[], Tensor]
     pair: Callable[[], AbstractContextManager[tuple[Tensor, Tensor]]] | None = None
     kept: tuple[object, ...] = ()
+    give_up: Callable[[], None] = lambda: None
 
     def wait(self) -> Tensor:
         """The result. Raises `CollectiveError`."""
@@ -134,9 +136,9 @@ class Group:
         found: list[list[int]] = self.all_gather(mine, place).wait().tolist()
         return found
 
-    def spared(self, nbytes: int) -> int:
-        """Multiprocessors that the sum of a tensor of `nbytes` takes, at most."""
-        return 0 if self.peer is not None and self.peer.takes(nbytes) else SPARED
+    def spared(self, nbytes: int, parts: int = 1) -> int:
+        """Multiprocessors that the sums of `parts` tensors of `nbytes` take, at most, all under way at once."""
+        return 0 if self.peer is not None and self.peer.takes(nbytes, parts) else SPARED
 
     def _exchange(self, peer: PeerMemory, name: str, place: str, mine: Tensor, sent: Tensor) -> Pending:
         """`mine` and what the other sends for it: equal bits on both ranks, as two summands have one sum."""
@@ -153,7 +155,7 @@ class Group:
             with pair() as (total, theirs):
                 return total.add_(theirs)
 
-        return Pending(finish, pair)
+        return Pending(finish, pair, give_up=arrival.give_up)
 
     def _begin(self, name: str, place: str, call: Callable[..., Any], result: Tensor, *args: Any) -> Pending:
         what = f"{place}: {name}" if place else name

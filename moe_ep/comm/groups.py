@@ -106,7 +106,11 @@ def ep_groups(
                 group = dist.new_group(list(ranks), timeout=timedelta(seconds=timeout_s), pg_options=_options())
                 if rank in ranks:
                     pair = peer_copies and size == per_node == 2 and dist.get_backend() == "nccl"
-                    peer = peer_memory(group, torch.device("cuda", torch.cuda.current_device())) if pair else None
+                    peer = (
+                        peer_memory(group, torch.device("cuda", torch.cuda.current_device()), timeout_s)
+                        if pair
+                        else None
+                    )
                     mine[kind] = Group(group, make_watch(f"{kind} {ranks[0]}-{ranks[-1]}", ranks), peer)
     if layout.nodes == 1:
         mine["node"] = mine["whole"]

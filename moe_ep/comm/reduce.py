@@ -41,7 +41,7 @@ class AllReduce(_SameTokens):
 
     def spared(self, routed: Routed, parts: int) -> int:
         """See `Combine`."""
-        return self.group.spared(routed.x.numel() // parts * (self.dtype or torch.float32).itemsize)
+        return self.group.spared(routed.x.numel() // parts * (self.dtype or torch.float32).itemsize, parts)
 
 
 class ReduceScatter(_SameTokens):
@@ -68,7 +68,11 @@ class ReduceScatter(_SameTokens):
         with torch.cuda.stream(side):
             mine.copy_(part.wait())
             whole = self.group.all_gather(mine, place, sums)
-        return Pending(lambda: whole.wait()[:tokens], kept=(summands, part))
+
+        def give_up() -> None:
+            torch.cuda.current_stream().wait_stream(side)
+
+        return Pending(lambda: whole.wait()[:tokens], kept=(summands, part), give_up=give_up)
 
 
 @cache

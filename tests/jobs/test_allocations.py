@@ -113,6 +113,46 @@ def test_what_was_planned_is_what_is_allocated_within_five_percent(
     assert found["held"] == pytest.approx(found["weights"], rel=5e-3)
 
 
+class _OneAtATime(dict[str, torch.Tensor]):
+    """Gives a copy of what is asked for, as a host's tensor reaches a GPU."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return super().__getitem__(name).clone()
+
+
+class _OnTheHost:
+    """A checkpoint's first layer, which is read before anybody counts."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.shape, self._checkpoint = checkpoint.shape, checkpoint
+        self._experts = [_OneAtATime(checkpoint.read_expert(0, expert)) for expert in range(self.shape.experts)]
+        self._shared = _OneAtATime(checkpoint.read_shared_expert(0) if self.shape.shared_experts else {})
+
+    def read_gate(self, layer: int) -> dict[str, torch.Tensor]:
+        return self._checkpoint.read_gate(layer)
+
+    def read_expert(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
+        return self._experts[expert]
+
+    def read_shared_expert(self, layer: int) -> dict[str, torch.Tensor]:
+        return self._shared
+
+
+@pytest.mark.parametrize("name", ["wide", "deep", "padded"])
+@pytest.mark.parametrize("made", [False, True])
+def test_matrices_of_the_reference_reach_a_gpu_one_at_a_time_unless_they_are_made_there(
+    name: str, made: bool, checkpoints: Path
+) -> None:
+    checkpoint = Checkpoint.open(checkpoints / name)
+    weights = checkpoint if made else _OnTheHost(checkpoint)
+    watch = Allocations(torch.device("cpu"))
+    with watch.during("reference"):
+        x = torch.randn(PARITY, checkpoint.shape.hidden).bfloat16()
+        dense_layer(weights, 0, x, torch.zeros(PARITY, dtype=torch.int64))
+    planned = parity_bytes(checkpoint.shape, PARITY, PARITY, made=made, sharing=Sharing(gpu=True))
+    assert watch.most["reference"] == pytest.approx(planned - kept_bytes(checkpoint.shape, PARITY), rel=0.03)
+
+
 def tokens_of_ones_own_take_what_is_planned(rank: int, world: int, path: Path, way: Way) -> None:
     """Gathered, unpacked, computed and scattered; an all-to-all takes at most that."""
     checkpoint, device = Checkpoint.open(path), torch.device("cpu")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.request import REQUEST, ProbeRequest
 from launcher.config import layer_numbers, load, parity_layers
 from launcher.errors import InputError
 from launcher.fit import plan_memory
@@ -181,6 +182,17 @@ def test_fp8_activations_reach_the_ranks_and_their_groups_are_not_cut() -> None:
         load(TINY, [fp8, "job.kind=tune"])
     with pytest.raises(InputError, match=r"backend\.activation_dtype: 'fp4' is wrong: input should be 'bf16' or 'fp8'"):
         load(TINY, ["backend.activation_dtype=fp4"])
+
+
+def test_copies_between_two_gpus_are_turned_off_on_all_ranks_alike(tmp_path: Path) -> None:
+    written = []
+    for said in ([], ["comm.peer_copies=false"]):
+        make_plan(load(CONFIGS / "v4flash-gpus.yaml", said, {}), "id").request().save(tmp_path)
+        assert ProbeRequest.load(tmp_path).comm.peer_copies is not bool(said)
+        written.append((tmp_path / REQUEST).read_bytes())
+    assert written[0] != written[1], "whose hash the ranks compare"
+    with pytest.raises(InputError, match=r"comm\.peer_copies: 'maybe' is wrong: input should be a valid boolean"):
+        load(TINY, ["comm.peer_copies=maybe"])
 
 
 MADE = ["model.checkpoint=null", "model.synthetic={skew: 0.3}"]

@@ -213,6 +213,20 @@ def test_a_parity_that_is_no_number_is_said_and_the_json_stays_valid(plan: Plan)
     assert "NaN" not in (plan.run_dir / "report.json").read_text()
 
 
+@pytest.mark.parametrize(("agreed", "said"), [(True, ""), (False, " (96 rounds did not agree on it)"), (None, "")])
+def test_a_choice_that_rounds_did_not_agree_on_is_said(plan: Plan, agreed: bool | None, said: str) -> None:
+    times = {"dispatch_us": 0.0, "combine_us": 80.0, "predicted_dispatch_us": 0.0, "predicted_combine_us": 90.0}
+    strategy = {"strategy": "all_reduce", **times, "sent_bytes": 1, "predicted_bytes": 1.0}
+    line = {"tokens": 4, "chosen": "all_reduce", "why": "", "over_best": 0.0, "strategies": [strategy]}
+    log = EventLog(plan.run_dir, 0)
+    with log.stage("comm") as data:
+        data["measured"] = [line | ({} if agreed is None else {"rounds": 96, "agreed": agreed})]
+    found = report.build(plan.run_dir)
+    valid(found)
+    expected = f"all_reduce* 80 (90) µs; the choice (*) is 0% above the best{said}"
+    assert ("communication", "batch 4", expected) in summary_rows(found)
+
+
 def test_after_a_requeue_the_report_is_of_the_last_attempt_but_keeps_what_was_measured(plan: Plan) -> None:
     for rank in range(2):
         go(plan, rank, until="done")

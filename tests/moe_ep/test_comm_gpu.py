@@ -1,9 +1,7 @@
 """The strategies on two GPUs of one host, through NCCL: sums, graphs, ranges, and who a collective waits for."""
 
 import os
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,13 +13,10 @@ from moe_ep.bench.comm import TINY, Bench, build_layers, graphs_equal, tokens_of
 from moe_ep.comm import Alone, Group
 from moe_ep.comm.groups import EpGroups, ep_groups
 from moe_ep.comm.peer import LEAST_BYTES
-from moe_ep.comm.watch import Watch
 from moe_ep.cost import OWN_TOKENS, SAME_TOKENS
 from moe_ep.network import Layout
 from tests.moe_ep.experts import relative_error
-
-if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined]  # not in __all__
+from tests.moe_ep.late import check_who_is_waited_for
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs of one host")
 
@@ -46,7 +41,7 @@ def _start(rank: int, store: str) -> None:
             assert bench.lines[-1]["equal"], f"{name}, {tokens} tokens: a replayed graph gives other bits"
     check_that_large_sums_are_copied(bench, groups)
     check_that_an_all_to_all_is_not_captured(bench, groups)
-    check_who_is_waited_for(shared, rank, device)
+    check_who_is_waited_for(shared, rank, lambda watch: Group(None, watch), lambda: torch.ones(4, device=device))
     dist.destroy_process_group()
 
 
@@ -101,28 +96,6 @@ def check_that_large_sums_are_copied(bench: Bench, groups: EpGroups) -> None:
         pending = group.all_reduce(given)
         assert (pending.pair is not None) == copied
         assert torch.equal(pending.wait(), expected)
-
-
-def check_who_is_waited_for(store: "Store", rank: int, device: torch.device) -> None:
-    """A rank that begins a collective which the other does not is told who that is, while its host is free."""
-    said: list[str] = []
-    watch = Watch(store, "late", rank, (0, 1), 1.0, said.append)
-    group = Group(None, watch)
-    group.all_reduce(torch.ones(4, device=device), "layer 0").wait()
-    torch.cuda.synchronize()
-    if rank == 0:
-        late = group.all_reduce(torch.ones(4, device=device), "layer 1")
-        deadline = time.monotonic() + 20
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert "layer 1: all_reduce (number 2) waits for" in said[0]
-        assert "not entered by rank 1 of 2: rank 1 last entered layer 0: all_reduce (number 1)" in said[0]
-    else:
-        time.sleep(4)
-        late = group.all_reduce(torch.ones(4, device=device), "layer 1")
-    late.wait()
-    torch.cuda.synchronize()
-    watch.close()
 
 
 def test_two_gpus_combine_capture_and_name_who_is_late(tmp_path: Path) -> None:

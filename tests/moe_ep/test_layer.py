@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.multiprocessing.spawn import spawn
 
 from moe_ep.arrangement import Arrangement, arrange
 from moe_ep.checkpoint import Checkpoint
-from moe_ep.comm import AllToAll, Alone, combine_for
+from moe_ep.comm import AllToAll, Alone, Pending, Routed, combine_for
 from moe_ep.comm.groups import ep_groups
 from moe_ep.cost import OWN_TOKENS, SAME_TOKENS
 from moe_ep.dense import dense_layer
@@ -157,6 +158,35 @@ def test_slices_of_the_shared_expert_do_not_go_with_an_all_to_all(path: Path) ->
     combine = AllToAll(torch.zeros(10, dtype=torch.int64), None, None)
     with pytest.raises(ValueError, match="hold all of it on each rank, or use all_gather"):
         MoELayer(layer.router, layer.experts, combine, layer.shared_expert, shared_is_sharded=True)
+
+
+class _Begun(Alone):
+    """Notes what is given up."""
+
+    def __init__(self) -> None:
+        self.given_up: list[int] = []
+
+    def begin(self, partial: Tensor, routed: Routed | None = None) -> Pending:
+        return Pending(lambda: partial, give_up=lambda: self.note(partial.shape[1]))
+
+    def note(self, width: int) -> None:
+        self.given_up.append(width)
+        raise RuntimeError("the device has failed already")
+
+
+def test_a_layer_that_fails_gives_up_what_it_had_begun(path: Path) -> None:
+    _, layer = layer_of(path, NORMAL, 0, 1, "reference")
+    layer.combine = begun = _Begun()
+    layer.cut = lambda rows: 2
+    with (
+        patch.object(SharedExpert, "forward", side_effect=torch.OutOfMemoryError("no memory")),
+        pytest.raises(torch.OutOfMemoryError, match="no memory"),
+    ):
+        layer(*tokens(3))
+    assert begun.given_up == [SHAPE.hidden // 2] * 2
+    begun.given_up.clear()
+    layer(*tokens(3))
+    assert begun.given_up == []
 
 
 def enters_the_combine_without_work(rank: int, world: int, path: Path) -> None:

@@ -1,10 +1,8 @@
 """Copies between the memories of two ranks: on two GPUs that reach each other, or two processes on one."""
 
 import os
-import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,15 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from moe_ep.comm import Group, Pending
-from moe_ep.comm.peer import LEAST_BYTES, PeerMemory
+from moe_ep.comm import Group
+from moe_ep.comm.peer import LEAST_BYTES, PeerMemory, shared_memory
 from moe_ep.comm.reduce import AllReduce
-from moe_ep.comm.watch import Watch
 from moe_ep.footprint import PEER_BYTES
 from moe_ep.layer import SharedExpert, finish
-
-if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined]  # not in __all__
+from tests.moe_ep.late import check_who_is_waited_for
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.version.hip is not None, reason="needs an NVIDIA GPU"
@@ -37,12 +32,17 @@ def _start(rank: int, store: str) -> None:
     dist.init_process_group("gloo", store=shared, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     process_group = dist.new_group([0, 1])
     assert process_group is not None
-    peer = PeerMemory(process_group, device)
+    peer = PeerMemory(process_group, shared_memory(device), 60)
     torch.manual_seed(rank)
     check_sizes(peer)
     check_sums(Group(process_group, None, peer), device)
     check_graphs(Group(process_group, None, peer), device)
-    check_who_is_waited_for(shared, rank, process_group, peer, device)
+    check_who_is_waited_for(
+        shared,
+        rank,
+        lambda watch: Group(process_group, watch, peer),
+        lambda: torch.ones(LEAST_BYTES // 4, device=device),
+    )
     dist.barrier()
 
 
@@ -72,6 +72,10 @@ def check_sums(group: Group, device: torch.device) -> None:
         for pending, one in zip(under_way, expected, strict=True):
             assert torch.equal(pending.wait().cpu(), one)
     assert group.peer.takes(PEER_BYTES * 7 // 8)
+    group.all_reduce(torch.ones(LEAST_BYTES // 4, device=device)).give_up()
+    one = torch.randn(LEAST_BYTES // 4, device=device)
+    total = summed(one)
+    assert torch.equal(group.all_reduce(one).wait().cpu(), total), "what was given up is not in the way"
 
 
 def check_graphs(group: Group, device: torch.device) -> None:
@@ -104,33 +108,6 @@ def check_graphs(group: Group, device: torch.device) -> None:
         assert torch.equal(out, expected)
         if turn % 2:
             assert torch.equal(work(), expected)
-
-
-def check_who_is_waited_for(
-    store: "Store", rank: int, process_group: dist.ProcessGroup, peer: PeerMemory, device: torch.device
-) -> None:
-    """Copies are watched as collectives are."""
-    said: list[str] = []
-    watch = Watch(store, "late copy", rank, (0, 1), 1.0, said.append)
-    group = Group(process_group, watch, peer)
-
-    def begin(place: str) -> Pending:
-        return group.all_reduce(torch.ones(LEAST_BYTES // 4, device=device), place)
-
-    begin("layer 0").wait()
-    torch.cuda.synchronize()
-    if rank == 0:
-        late = begin("layer 1")
-        deadline = time.monotonic() + 20
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert "layer 1: all_reduce (number 2) waits for" in said[0]
-        assert "not entered by rank 1 of 2: rank 1 last entered layer 0: all_reduce (number 1)" in said[0]
-    else:
-        time.sleep(4)
-        late = begin("layer 1")
-    assert torch.equal(late.wait().cpu(), torch.full((LEAST_BYTES // 4,), 2.0))
-    watch.close()
 
 
 def test_sums_by_copies_are_those_of_a_collective_eager_and_captured_and_name_who_is_late(tmp_path: Path) -> None:
