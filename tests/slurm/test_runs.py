@@ -20,7 +20,8 @@ from launcher.slurm import ACTIVE
 from tests.checkout import importable
 from tests.slurm.conftest import CONFIG, Lab
 
-LONG = "job.throughput={batch_sizes: [1, 2, 4], warmup: 0, repeats: 8}"
+REPEATS = 16
+LONG = f"job.throughput={{batch_sizes: [1, 2, 4], warmup: 0, repeats: {REPEATS}}}"
 
 
 def run_of(cwd: Path, name: str = "lab-2node") -> Path:
@@ -209,7 +210,9 @@ def test_a_dead_node_requeues_the_job_which_goes_on_when_there_are_nodes_again(l
     assert lab.launcher("report", "lab-2node", cwd=tmp_path).returncode == 0
     report = json.loads((run / "report.json").read_text())
     assert report["run"]["attempt"] == 1
-    assert [line["completed"] for line in report["throughput"]] == [8, 1, 1], "measured before the node died, and after"
+    assert [line["completed"] for line in report["throughput"]] == [REPEATS, 1, 1], (
+        "measured before the node died, and after"
+    )
 
 
 def test_what_slurm_refuses_is_said_and_nothing_is_left(lab: Lab, tmp_path: Path) -> None:
@@ -222,7 +225,8 @@ def test_what_slurm_refuses_is_said_and_nothing_is_left(lab: Lab, tmp_path: Path
 
 
 def test_a_following_launcher_that_is_told_to_stop_leaves_the_job_alone(lab: Lab, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launcher", "submit", str(CONFIG), "--follow", "--set", LONG]
+    hears = ["env", "--default-signal=INT"]  # a shell's job in the background ignores it, and so do its children
+    command = [*hears, sys.executable, "-m", "launcher", "submit", str(CONFIG), "--follow", "--set", LONG]
     follower = subprocess.Popen(
         control.inside(lab.spec, command),
         cwd=tmp_path,
