@@ -9,7 +9,8 @@ import torch.distributed as dist
 from jobs.request import ProbeRequest
 from jobs.stages import Place, share
 from moe_ep import tables
-from moe_ep.backends.triton_kernel import Impl, current_target, table_name
+from moe_ep.backends.op import Impl, table_name
+from moe_ep.backends.target import current_target
 from moe_ep.bench.tuner import measure, source, table_of, tuned_impl
 from moe_ep.kernels.launch import LaunchConfig
 

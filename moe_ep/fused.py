@@ -202,12 +202,12 @@ def _checked(
 
 def _resolve(impl: str, hidden_states: Tensor, inner: int) -> str:
     if impl == "auto":
-        from moe_ep.backends import gluon_kernel, triton_kernel  # triton is imported only where it is wanted
+        from moe_ep.backends import gluon_kernel, target  # triton is imported only where it is wanted
 
         device = hidden_states.device
         if gluon_kernel.call_refusal(device, hidden_states.shape[1], inner) is None:
             return "gluon_kernel"
-        return "triton_kernel" if triton_kernel.runs_on(device) else "reference"
+        return "triton_kernel" if target.runs_on(device) else "reference"
     if impl not in _IMPLS:
         raise ValueError(f"impl is {impl!r}; there are: auto, {', '.join(_IMPLS)}")
     return impl

@@ -66,7 +66,7 @@ def process_weights(plan: dict[str, Any], w: Any) -> None:
     TypeError, ValueError
         If a weight is missing or no uint8, or the rows are gpt-oss's.
     """
-    from moe_ep.backends.triton_kernel import runs_on
+    from moe_ep.backends.target import runs_on
 
     for name in _WEIGHTS:
         weight = getattr(w, name, None)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_ep.backends.triton_kernel import runs_on
+from moe_ep.backends.target import runs_on
 from moe_ep.comm import Alone
 from moe_ep.fused import fused_moe_mxfp4
 from moe_ep.layer import RoutedExperts

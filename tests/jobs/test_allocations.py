@@ -9,7 +9,7 @@ import torch
 
 from jobs.allocations import Allocations
 from moe_ep import workspace
-from moe_ep.backends import triton_kernel
+from moe_ep.backends import op
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Alone
 from moe_ep.comm.groups import ep_groups
@@ -59,7 +59,7 @@ def most_tokens(way: Way) -> int:
 
 def measured(path: Path, way: Way, cut: int) -> dict[str, int]:
     """Bytes beyond the weights by part, for the first of `cut` slices of each expert, as a probe goes about it."""
-    triton_kernel._op.cache_clear()  # the workspace of tests before this one
+    op.op_of.cache_clear()  # the workspace of tests before this one
     workspace._kept.clear()
     # The reference's own figures are of a CPU: on a GPU a library's share of these sizes is too large.
     device, checkpoint = torch.device("cpu") if way == "reference" else device_of(way), Checkpoint.open(path)
@@ -164,7 +164,7 @@ def tokens_of_ones_own_take_what_is_planned(rank: int, world: int, path: Path, w
     planned = pass_bytes(shape, TOKENS, sharing=Sharing(world, Wire().row_bytes(shape)))
     for name in OWN_TOKENS:
         layer.combine = groups.strategy(name, shape.experts)
-        triton_kernel._op.cache_clear()
+        op.op_of.cache_clear()
         workspace._kept.clear()
         watch = Allocations(device)
         with watch.during("pass"):

@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_ep import explain_selection, fused_moe_mxfp4, select_backend
-from moe_ep.backends.triton_kernel import Target, _Op, _op, _Shape, using
+from moe_ep.backends.op import Op, Shape, op_of, using
+from moe_ep.backends.target import Target
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.launch import FP8_KERNELS, Gemm, LaunchConfig, fit_fp8
 from moe_ep.mxfp4 import dequantise, pack
@@ -308,8 +309,8 @@ def test_a_kernel_that_cannot_take_fp8_activations_says_so() -> None:
 
 
 def test_what_nvidia_runs_with_fp8_activations_compiles_for_hopper() -> None:
-    op = _op(
-        _Shape(
+    op = op_of(
+        Shape(
             *(8, 4096, 2048, 6, 64, 256),
             mapped=True,
             biased=(False, False),
@@ -324,7 +325,7 @@ def test_what_nvidia_runs_with_fp8_activations_compiles_for_hopper() -> None:
             activations="fp8",
         )
     )
-    assert isinstance(op, _Op)
+    assert isinstance(op, Op)
     assert op.rounder is not None
     gemm = {"x": "bf16", "w13": "u16", "w2": "u16", "scale": "u32", "bias": "fp32", "weight": "fp32", "y": "fp32"}
     for launch, types in (

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from moe_ep import fused_moe_mxfp4, tables
-from moe_ep.backends import gluon_kernel, triton_kernel
-from moe_ep.backends.triton_kernel import Target, launch_config
+from moe_ep.backends import gluon_kernel
+from moe_ep.backends.op import Shape, config_of, launch_config
+from moe_ep.backends.target import Target
 from moe_ep.bench.cases import Batch, Weights
 from moe_ep.bench.exact import exact
 from moe_ep.fused import fused_moe_mxfp4_by_columns
@@ -210,9 +211,9 @@ def test_tokens_beyond_what_a_buffer_load_reaches_are_left_to_triton() -> None:
 
 
 def _config_for(tokens: int, target: Target) -> LaunchConfig:
-    shape = triton_kernel._Shape(
+    shape = Shape(
         tokens=tokens, hidden=7168, inner=3072, top_k=6, local=48, known=384, mapped=True, biased=(False, False),
         limited=True, dtypes=(torch.int32, torch.int32, torch.bfloat16), aligned=(True,) * 11, device=CPU, stream=0,
         target=target, tables=None, override=None, impl="gluon_kernel",
     )  # fmt: skip
-    return triton_kernel._config(shape)
+    return config_of(shape)

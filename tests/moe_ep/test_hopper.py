@@ -13,7 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from moe_ep import tables
-from moe_ep.backends.triton_kernel import Target, _config, _gemms, _Shape
+from moe_ep.backends.op import Shape, config_of, gemms_of
+from moe_ep.backends.target import Target
 from moe_ep.bench.cases import SHAPES, RankShape
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.boxes import BoxedLaunch, activations, weights
@@ -101,8 +102,8 @@ def in_loops(text: str) -> list[str]:
     return found
 
 
-def _shape(shape: RankShape, tokens: int) -> _Shape:
-    return _Shape(
+def _shape(shape: RankShape, tokens: int) -> Shape:
+    return Shape(
         *(tokens, shape.hidden, shape.inner, shape.top_k, shape.held, shape.experts),
         mapped=True,
         biased=(False, False),
@@ -120,7 +121,7 @@ def _shape(shape: RankShape, tokens: int) -> _Shape:
 def launches(shape: RankShape, regime: str) -> tuple[Launch, Launch]:
     config = fit(REGIMES[regime], shape.hidden, shape.inner)
     assert config is not None
-    gate_up, down = _gemms(_shape(shape, 64), config, 64)
+    gate_up, down = gemms_of(_shape(shape, 64), config, 64)
     assert isinstance(gate_up, Launch)
     assert isinstance(down, Launch)
     return gate_up, down
@@ -167,10 +168,10 @@ def test_weights_stream_at_16_bytes_a_lane_past_shared_memory(regime: str) -> No
 def test_what_asynchronous_copies_cannot_take_goes_to_the_tile_kernel() -> None:
     shape = SHAPES["pro-ep8"]
     what = _shape(shape, tokens=8192)
-    assert _config(what).kernel == "warpgroup"
-    assert _config(replace(what, aligned=(True, False, True))).kernel == "tile"
-    assert _config(replace(what, aligned=(True, True, True, False, True))).kernel == "tile"
-    assert _config(replace(what, tokens=300_000)).kernel == "tile", "offsets of activations have 32 bits"
-    assert _config(replace(what, tokens=8, aligned=(True, False, True))).kernel == "stream", (
+    assert config_of(what).kernel == "warpgroup"
+    assert config_of(replace(what, aligned=(True, False, True))).kernel == "tile"
+    assert config_of(replace(what, aligned=(True, True, True, False, True))).kernel == "tile"
+    assert config_of(replace(what, tokens=300_000)).kernel == "tile", "offsets of activations have 32 bits"
+    assert config_of(replace(what, tokens=8, aligned=(True, False, True))).kernel == "stream", (
         "plain loads take any address"
     )
