@@ -83,6 +83,18 @@ def pending(STAGES):
 
 
 @constexpr_function
+def weight_bytes(BLOCK_N):
+    """Of a group: 64 of words and 4 of scales for each of a tile's rows."""
+    return 2 * BLOCK_N * (64 + 4)
+
+
+@constexpr_function
+def row_bytes(ROWS):
+    """Of a group's activations, 128 in bf16 a row."""
+    return ROWS * 128 * 2
+
+
+@constexpr_function
 def accumulator_layout(COLUMNS):
     """[64, COLUMNS] of one warpgroup."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])

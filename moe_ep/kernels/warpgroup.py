@@ -25,7 +25,9 @@ from moe_ep.kernels.pipe import (
     open_pipe,
     piece_count,
     products,
+    row_bytes,
     wait_free,
+    weight_bytes,
     width,
     width_count,
 )
@@ -92,7 +94,7 @@ def _load_w13(
         row = tile % n_tiles * (BLOCK_N // 16)
         for group in range(HIDDEN // 128):
             wait_free(pipe, index, STAGES)
-            expect(pipe, index, 2 * BLOCK_N * (64 + 4), True, STAGES)
+            expect(pipe, index, weight_bytes(BLOCK_N), True, STAGES)
             for half in gl.static_range(WARPGROUPS):
                 at = (2 * block[0], row + half * own)
                 fill_weights(pipe, words_desc, scales_desc, at, group, index, half, STAGES)
@@ -121,7 +123,7 @@ def _load_down(
         for group in range(INTER // 128):
             wait_free(pipe, index, STAGES)
             for some in gl.static_range(1, BOXES + 1):
-                expect(pipe, index, 2 * BLOCK_N * (64 + 4) + some * box_rows * 256, boxes == some, STAGES)
+                expect(pipe, index, weight_bytes(BLOCK_N) + row_bytes(some * box_rows), boxes == some, STAGES)
             for half in gl.static_range(WARPGROUPS):
                 fill_weights(pipe, words_desc, scales_desc, (row + half * own,), group, index, half, STAGES)
             fill_boxes(pipe, rows_desc, block[1], boxes, group, index, BLOCK_M, STAGES)
