@@ -26,6 +26,28 @@ def carve(
     }
 
 
+_STREAMS, _COUNTERS = 256, 1024
+"""Streams of a device that have counters, and int32 counters of each."""
+
+
+def counters(device: torch.device, stream: int) -> Tensor | None:
+    """int32 [1024] for this device and stream, zero unless a kernel that leaves them zero runs.
+
+    None where they would have to be made while a graph is captured, which would fill them only as it is replayed, or
+    once there are no more.
+    """
+    if device not in _counters:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        _counters[device] = (torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device), {})
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # other streams take them too
+    rows, of_stream = _counters[device]
+    row = of_stream.setdefault(stream, len(of_stream))
+    return rows[row] if row < _STREAMS else None
+
+
+_counters: dict[torch.device, tuple[Tensor, dict[int, int]]] = {}
 _kept: dict[tuple[torch.device, int, str], list[Tensor]] = {}
 
 

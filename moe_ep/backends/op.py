@@ -34,6 +34,11 @@ them in accumulation registers and copies each out, half an operation a weight."
 _GATHERING, _COPYING = (224, 56), (240, 24)
 """Registers of a warpgroup kernel's threads, of those that multiply and of those that copy: the latter keep a row for
 each of the pieces that they gather, or nothing."""
+_PROGRAMS = 3
+"""Of the single kernel on a multiprocessor: as many as have room there."""
+_REGISTERS, _MOST_REGISTERS = 65536, 248  # of a multiprocessor, and of a thread
+_SINGLE_COUNTERS = 2  # besides one for each route and tile of features
+_FEWEST_ROUTES = 64  # of a block of them that the single kernel looks at, so that it is compiled once
 _KEPT_SHAPES = 4096  # ops of other shapes that are kept ready: every number of tokens of a prefill is one
 
 
@@ -48,7 +53,8 @@ def table_name(arch: str, impl: Impl) -> str:
 
 
 def launch_config(
-    routes: int,
+    tokens: int,
+    top_k: int,
     num_experts: int,
     hidden: int,
     inner: int,
@@ -57,13 +63,13 @@ def launch_config(
     order: KernelOrder = "kernel",
     impl: Impl = "triton_kernel",
 ) -> LaunchConfig:
-    """What computes `routes` routes over all of the model's experts on this target, with weights in this order."""
+    """What computes tokens' routes over all of the model's experts on this target, with weights in this order."""
     table = tables.find(table_name(target.arch, impl))
     if order == "kernel-fp8":
-        return choose_fp8(table, routes, num_experts, hidden, inner)
+        return choose_fp8(table, tokens * top_k, num_experts, hidden, inner)
     if activations == "fp8":  # the routing weight is in what is rounded, which of the bf16 kernels only this one does
-        return tile(routes / num_experts, target.warp_size)
-    return choose(table, routes, num_experts, hidden, inner, target.warp_size)
+        return tile(tokens * top_k / num_experts, target.warp_size)
+    return choose(table, tokens, top_k, num_experts, hidden, inner, target.warp_size)
 
 
 _override: LaunchConfig | None = None
@@ -152,6 +158,16 @@ class RouteOp:
 
 
 @dataclass(frozen=True)
+class SingleOp:
+    """An op of a few tokens: one launch."""
+
+    launch: BoundLaunch
+    h: Tensor
+    y: Tensor
+    state: Tensor
+
+
+@dataclass(frozen=True)
 class Cut:
     """An op whose second GEMM is made in ranges of columns, each with the same launches but for the first's.
 
@@ -178,23 +194,30 @@ _BUFFER_BYTES = 2**31
 
 
 def config_of(shape: Shape) -> LaunchConfig:
-    routes = shape.tokens * shape.top_k
     impl = shape.impl if 2 * shape.tokens * shape.hidden < _BUFFER_BYTES else "triton_kernel"
     config = shape.override or launch_config(
-        *(routes, shape.known, shape.hidden, shape.inner, shape.target), shape.activations, shape.order, impl
+        *(shape.tokens, shape.top_k, shape.known, shape.hidden, shape.inner, shape.target),
+        shape.activations,
+        shape.order,
+        impl,
     )
     if shape.rounds and config.kernel not in (FP8_KERNELS if shape.fp8 else ("tile",)):
         raise ValueError(f"fp8 activations with weights in {shape.order} order: no {config.kernel} kernel takes them")
     if config.kernel == "warpgroup" and (not shape.copied or shape.tokens * shape.hidden >= _OFFSETS):
-        return tile(routes / shape.known, shape.target.warp_size)
+        return tile(shape.tokens * shape.top_k / shape.known, shape.target.warp_size)
     return config
 
 
 @lru_cache(maxsize=_KEPT_SHAPES)
-def op_of(shape: Shape) -> Op | RouteOp:
+def op_of(shape: Shape) -> Op | RouteOp | SingleOp:
     routes, config = shape.tokens * shape.top_k, config_of(shape)
     if config.kernel == "route":
         return _route_op(shape, config)
+    if config.kernel == "single":
+        state = workspace.counters(shape.device, shape.stream)
+        if state is not None:
+            return _single_op(shape, config, state)
+        config = replace(config, kernel="stream")
     raw = config.kernel == "warpgroup"
     shifts = not raw and not shape.rounds
     rounded = rounding_parts(shape.tokens, shape.hidden, routes, shape.inner, native=shape.fp8) if shape.rounds else {}
@@ -242,7 +265,7 @@ def _combine(shape: Shape, weighs: bool) -> BoundLaunch:
 def cut_of(shape: Shape, parts: int, spare: int) -> Cut | None:
     """None where the kernels do not take ranges of H / parts."""
     op, config, width = op_of(shape), config_of(shape), shape.hidden // parts
-    if isinstance(op, RouteOp) or width % TILE_ROWS:
+    if not isinstance(op, Op) or width % TILE_ROWS:
         return None
     down = fit_down(config, width, shape.inner, fp8=shape.fp8)
     if down is None:
@@ -299,6 +322,52 @@ def _route_op(shape: Shape, config: LaunchConfig) -> RouteOp:
         parts["h"],
         local_rounder(parts, shape.hidden, shape.inner, shape.local, mapped=shape.mapped) if shape.fp8 else None,
     )
+
+
+def _single_op(shape: Shape, config: LaunchConfig, state: Tensor) -> SingleOp:
+    from moe_ep.kernels.single import experts_single
+
+    routes, gemm = shape.tokens * shape.top_k, config.gate_up
+    block_r = max(_FEWEST_ROUTES, triton.next_power_of_2(routes))
+    used = _SINGLE_COUNTERS + block_r + shape.hidden // (2 * gemm.block_n)
+    if shape.tokens > config.block_m or used > state.numel():
+        raise ValueError(
+            f"{shape.tokens} tokens of {shape.top_k} routes: the single kernel takes {config.block_m} tokens and "
+            f"{state.numel()} counters, and needs {used}"
+        )
+    constants = {
+        "TOP_K": shape.top_k,
+        "HIDDEN": shape.hidden,
+        "INTER": shape.inner,
+        "LOCAL": shape.local,
+        "HAS_MAP": shape.mapped,
+        "HAS_B13": shape.biased[0],
+        "HAS_B2": shape.biased[1],
+        "HAS_LIMIT": shape.limited,
+        "CDNA": shape.target.backend == "hip",
+        "PDL": shape.target.pdl,
+        "PROGRAMS": shape.target.processors * _PROGRAMS,
+        "BLOCK_R": block_r,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": gemm.block_n,
+        "SLICES": gemm.slices,
+        "STAGES": gemm.stages,
+    }
+    parts = workspace.carve(
+        shape.device,
+        shape.stream,
+        {
+            "h": ((routes, shape.tokens, shape.inner), torch.bfloat16),
+            "y": ((routes, shape.tokens, shape.hidden), torch.float32),
+        },
+    )
+    pdl = shape.target.pdl
+    registers = min(_MOST_REGISTERS, _REGISTERS // (_PROGRAMS * gemm.warps * 32) // 8 * 8)
+    options = {"maxnreg": registers} if shape.target.backend == "cuda" else {}
+    launch = BoundLaunch(
+        experts_single, constants["PROGRAMS"], constants, warps=gemm.warps, stages=1, pdl=pdl, **options
+    )
+    return SingleOp(launch, parts["h"], parts["y"], state)
 
 
 def _cdna3(kernel: Any, blocks: int, rows: int, gemm: Gemm, constants: dict[str, Any]) -> BoundLaunch:

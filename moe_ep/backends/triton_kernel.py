@@ -17,6 +17,7 @@ from moe_ep.backends.op import (
     Op,
     RouteOp,
     Shape,
+    SingleOp,
     cut_of,
     launch_config,
     op_of,
@@ -53,6 +54,9 @@ def experts(
         shape = _shape(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit, out, activation_dtype, impl)
         op = op_of(shape)
         inputs = _Inputs.of(x, weights, topk_ids, expert_map, topk_weights, swiglu_limit)
+        if isinstance(op, SingleOp):
+            _at_once(op, inputs, out)
+            return
         if isinstance(op, RouteOp):
             _by_route(op, inputs, out)
             return
@@ -148,6 +152,14 @@ class _Inputs:
     def routes(self) -> tuple[Tensor, Tensor, int]:
         """Experts of the routes, where they are, and how many there can be."""
         return self.topk_ids, self.mapped, self.known
+
+
+def _at_once(op: SingleOp, inputs: _Inputs, out: Tensor) -> None:
+    """out of x."""
+    op.launch(
+        *(inputs.x, inputs.w13, inputs.s13, inputs.b13, inputs.w2, inputs.s2, inputs.b2, inputs.topk_weights),
+        *(op.h, op.y, out, op.state, inputs.topk_ids, inputs.mapped, inputs.x.shape[0], inputs.known, inputs.limit),
+    )
 
 
 def _by_route(op: RouteOp, inputs: _Inputs, out: Tensor) -> None:
@@ -276,7 +288,7 @@ class TritonKernelBackend(Mxfp4Backend):
         order = order_for(activations, arch)
         for tokens in (4**n for n in range(8)):
             sizes = (spec.num_experts, spec.hidden_size, spec.intermediate_size // spec.tp_size)
-            chosen[str(tokens)] = str(launch_config(tokens * spec.top_k, *sizes, target, activations, order, cls.impl))
+            chosen[str(tokens)] = str(launch_config(tokens, spec.top_k, *sizes, target, activations, order, cls.impl))
         regimes = () if table is None else table.fp8 if order == "kernel-fp8" else table.regimes
         from_table = table is not None and regimes and (activations == "bf16" or order == "kernel-fp8")
         return {"weights": order, "table": table.source if table and from_table else FALLBACK, "tokens": chosen}

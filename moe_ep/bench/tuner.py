@@ -87,6 +87,8 @@ def families(
         stream_blocks = (16,)
     elif arch.startswith("sm") and int(arch.removeprefix("sm")) >= 80:
         stream_blocks = (8, 16)
+        if rows <= 1:
+            yield "single", 8, _STREAM
     yield from (("stream", block_m, _STREAM) for block_m in stream_blocks if suits(block_m))
     if arch == "sm90":
         yield from (("warpgroup", block_m, _WARPGROUP) for block_m in (32, 64, 128) if suits(block_m))
@@ -115,6 +117,8 @@ def measure(
     for count in tokens:
         best: Timed | None = None
         for kernel, block_m, gemms in families(arch, count * shape.top_k / shape.experts, impl, activations):
+            if kernel == "single" and count > block_m:
+                continue
             tried = gemms[1::3] if quick else gemms
             for timed in _family(shape, count, device, op, weights, kernel, block_m, tried, activations):
                 print(f"{count:>6} tokens {timed.us:>10.1f} µs  {timed.config}", flush=True)

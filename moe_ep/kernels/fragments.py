@@ -191,3 +191,16 @@ def swiglu_f32(gate, up, limit, HAS_LIMIT: gl.constexpr):
 def shifted(h):
     """bf16 times 2^64, exactly."""
     return (h.to(gl.float32) * 18446744073709551616.0).to(gl.bfloat16)
+
+
+@gluon.jit
+def shifted_pairs(x):
+    """The same of an operand's elements, two at a time on NVIDIA."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 s; mov.b32 s, 0x5F805F80; mul.rn.bf16x2 $0, $1, s; }",  # 2^64
+        "=r,r",
+        [x],
+        dtype=gl.bfloat16,
+        is_pure=True,
+        pack=2,
+    )

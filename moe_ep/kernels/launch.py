@@ -5,11 +5,12 @@ from typing import Literal
 
 from moe_ep.order import padded
 
-Kernel = Literal["stream", "warpgroup", "tile", "cdna3", "route"]
-"""stream: few rows an expert, `kernels.stream`. warpgroup: many, on Hopper. tile: any device, any shape. Of
-gluon_kernel, on gfx942: route for a handful of tokens, `kernels.route_direct`; cdna3 for more, `kernels.cdna3`.
-Activations are multiplied as fp8 by `kernels.stream_fp8` for stream, and `kernels.route_fp8` for route."""
-REGISTER_KERNELS: tuple[Kernel, ...] = ("stream", "cdna3", "route")
+Kernel = Literal["single", "stream", "warpgroup", "tile", "cdna3", "route"]
+"""single: a handful of tokens on NVIDIA, in one launch, `kernels.single`. stream: few rows an expert, `kernels.stream`.
+warpgroup: many, on Hopper. tile: any device, any shape. Of gluon_kernel, on gfx942: route for a handful of tokens,
+`kernels.route_direct`; cdna3 for more, `kernels.cdna3`. Activations are multiplied as fp8 by `kernels.stream_fp8` for
+stream, and `kernels.route_fp8` for route."""
+REGISTER_KERNELS: tuple[Kernel, ...] = ("single", "stream", "cdna3", "route")
 """Those that take weights to registers in tiles of 16 rows, by slices of K and by stages."""
 FP8_KERNELS: tuple[Kernel, ...] = ("stream", "route")
 """Those of them that multiply activations as fp8, of every H and I."""
@@ -34,7 +35,10 @@ class Gemm:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """What computes an op's two GEMMs. `block_m` is also what the routes are blocked by: the two must agree."""
+    """What computes an op's two GEMMs. `block_m` is also what the routes are blocked by: the two must agree.
+
+    Of the single kernel it is the most tokens, and its two tiles are the same.
+    """
 
     kernel: Kernel
     block_m: int
@@ -84,17 +88,18 @@ def tile(rows: float, warp_size: int = 32) -> LaunchConfig:
 
 
 def choose(
-    table: Table | None, routes: int, num_experts: int, hidden: int, inner: int, warp_size: int = 32
+    table: Table | None, tokens: int, top_k: int, num_experts: int, hidden: int, inner: int, warp_size: int = 32
 ) -> LaunchConfig:
-    """The configuration for `routes` = M·k routes over all `num_experts` experts of the model, this rank's among them.
+    """The configuration for M·k routes over all `num_experts` experts of the model, this rank's among them.
 
     The first regime of the table that holds them, the last beyond that, made to fit H and this rank's I; where it
     cannot, the next one for fewer rows that can; the fallback where none can, or where there is no table.
     """
-    rows = routes / num_experts
+    rows = tokens * top_k / num_experts
     if table is not None:
-        fewer = sum(rows > regime.rows for regime in table.regimes)
-        for regime in reversed(table.regimes[: fewer + 1]):
+        regimes = [r for r in table.regimes if r.config.kernel != "single" or tokens <= r.config.block_m]
+        fewer = sum(rows > regime.rows for regime in regimes)
+        for regime in reversed(regimes[: fewer + 1]):
             if fitted := fit(regime.config, hidden, inner):
                 return fitted
     return tile(rows, warp_size)
@@ -126,7 +131,10 @@ def fit(config: LaunchConfig, hidden: int, inner: int) -> LaunchConfig | None:
     if config.kernel == "tile":
         return config
     # The down projection's tile is two halves of block_n rows, as gate and up are.
-    if config.kernel in REGISTER_KERNELS:
+    if config.kernel == "single":
+        gate_up = _fit_stream(config.gate_up, hidden, inner)
+        down = gate_up = _fit_stream(gate_up, inner, hidden // 2) if gate_up else None
+    elif config.kernel in REGISTER_KERNELS:
         gate_up, down = _fit_stream(config.gate_up, hidden, inner), _fit_stream(config.down, inner, hidden // 2)
     else:
         gate_up = _fit_warpgroup(config.gate_up, config.block_m, hidden, inner)

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.amd import AMDMFMALayout
 from moe_ep.kernels.cdna3 import tile_of
 from moe_ep.kernels.fragments import swiglu_f32
 from moe_ep.kernels.route_direct import _COLUMNS, _local_row
-from moe_ep.kernels.stream import _row_pointers
+from moe_ep.kernels.stream import row_pointers
 from moe_ep.kernels.stream_fp8 import _gemms, _scale_offsets, _weight_offsets
 
 
@@ -25,7 +25,7 @@ def _same_row(
     same = gl.zeros([_COLUMNS], gl.int32, layout=gl.SliceLayout(0, gl.SliceLayout(1, right)))
     none = gl.zeros([_COLUMNS], gl.int32, layout=gl.SliceLayout(0, gl.SliceLayout(1, mma)))
     wide = row.to(gl.int64)
-    rows = _row_pointers(x_ptr + wide * (GROUPS * 128), same, GROUPS * 128, STEPS, SLICES, mma)
+    rows = row_pointers(x_ptr + wide * (GROUPS * 128), same, GROUPS * 128, STEPS, SLICES, mma)
     return rows, scale_ptr + wide * GROUPS, _scale_offsets(none, GROUPS, STEPS, SLICES, mma)
 
 

@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.amd.cdna3 import mfma
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_ep.kernels.fragments import decode, decode_scaled, scale_f32, shifted, swiglu
+from moe_ep.kernels.fragments import decode, decode_scaled, scale_f32, shifted, shifted_pairs, swiglu
 
 
 @constexpr_function
@@ -44,61 +44,111 @@ def _multiply(acc, words, fields, x, zero, CDNA: gl.constexpr, SCALED: gl.conste
 
 
 @gluon.jit
-def _load_blocks(rows):
-    return (gl.load(rows), gl.load(rows + 32), gl.load(rows + 64), gl.load(rows + 96))
+def load_blocks(rows, SHIFTS: gl.constexpr = False, CDNA: gl.constexpr = False):
+    """A group's four blocks of activations, times 2^64 with SHIFTS."""
+    blocks = ()
+    for block in gl.static_range(4):
+        x = gl.load(rows + 32 * block)
+        if SHIFTS:
+            x = shifted(x) if CDNA else shifted_pairs(x)
+        blocks = blocks + (x,)  # type: ignore[assignment]
+    return blocks
 
 
 @gluon.jit
-def _gemms(
-    words_ptr,
-    field_ptr,
-    rows,
-    FAR: gl.constexpr,
-    STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    zero,
-    CDNA: gl.constexpr,
-    SCALED: gl.constexpr,
-    PDL: gl.constexpr,
-):
-    """Two products [S, N, M] with the same activations: of the rows at the pointers, and of those FAR groups on."""
-    # The trick: what is loaded STAGES steps ahead lies in registers by stage, so every loop turn is STAGES steps.
+def first_weights(words_ptr, field_ptr, far, STAGES: gl.constexpr):
+    """Begin to load the first STAGES groups of the rows at the pointers, and of those `far` groups on."""
     words = ()
     fields = ()
     for stage in gl.static_range(STAGES):
         for i in gl.static_range(2):
-            words = words + (gl.load(words_ptr + stage * 512 + i * FAR * 32),)  # type: ignore[assignment]
-            fields = fields + (gl.load(field_ptr + stage * 16 + i * FAR),)  # type: ignore[assignment]
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    following = _load_blocks(rows)
+            words = words + (gl.load(words_ptr + stage * 512 + i * far * 32),)  # type: ignore[assignment]
+            fields = fields + (gl.load(field_ptr + stage * 16 + i * far),)  # type: ignore[assignment]
+    return words, fields
+
+
+@gluon.jit
+def turn(
+    accs,
+    weights,
+    x,
+    rows,
+    following,
+    words_ptr,
+    field_ptr,
+    zero,
+    far,
+    STAGES: gl.constexpr,
+    CDNA: gl.constexpr,
+    SCALED: gl.constexpr,
+    SHIFTS: gl.constexpr,
+):
+    """accs + the products of STAGES groups, in whose place come those at the pointers.
+
+    `x` is the first group's activations, `rows` points to them, `following` to those of the group after the last.
+    """
+    # The trick: what is loaded STAGES steps ahead lies in registers by stage, so every loop turn is STAGES steps.
+    words, fields = weights
+    for stage in gl.static_range(STAGES):
+        if SCALED:  # many activations: their registers hold one step's only
+            now = load_blocks(rows + stage * 128, SHIFTS, CDNA)
+        else:
+            now = x
+            x = load_blocks(following if stage == STAGES - 1 else rows + (stage + 1) * 128, SHIFTS, CDNA)
+        for i in gl.static_range(2):
+            acc = _multiply(accs[i], words[2 * stage + i], fields[2 * stage + i], now, zero, CDNA, SCALED)
+            accs = accs[:i] + (acc,) + accs[i + 1 :]
+            word = gl.load(words_ptr + i * far * 32 + stage * 512)
+            field = gl.load(field_ptr + i * far + stage * 16)
+            words = words[: 2 * stage + i] + (word,) + words[2 * stage + i + 1 :]
+            fields = fields[: 2 * stage + i] + (field,) + fields[2 * stage + i + 1 :]
+    return accs, (words, fields), x
+
+
+@gluon.jit
+def gemms(
+    weights,
+    words_ptr,
+    field_ptr,
+    rows,
+    zero,
+    FAR: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    CDNA: gl.constexpr,
+    SCALED: gl.constexpr,
+):
+    """Two products [N, M] with the same activations, of `first_weights` and what follows them."""
+    x = load_blocks(rows)
     accs = (zero, zero)
     for step in range(0, STEPS, STAGES):
-        for stage in gl.static_range(STAGES):
-            ahead = gl.minimum(step + stage + STAGES, STEPS - 1)
-            if SCALED:  # many activations: their registers hold one step's only
-                x = _load_blocks(rows + (step + stage) * 128)
-            else:
-                x = following
-                following = _load_blocks(rows + gl.minimum(step + stage + 1, STEPS - 1) * 128)
-            for i in gl.static_range(2):
-                acc = _multiply(accs[i], words[2 * stage + i], fields[2 * stage + i], x, zero, CDNA, SCALED)
-                accs = accs[:i] + (acc,) + accs[i + 1 :]
-                word = gl.load(words_ptr + i * FAR * 32 + ahead * 512)
-                field = gl.load(field_ptr + i * FAR + ahead * 16)
-                words = words[: 2 * stage + i] + (word,) + words[2 * stage + i + 1 :]
-                fields = fields[: 2 * stage + i] + (field,) + fields[2 * stage + i + 1 :]
+        ahead = gl.minimum(step + STAGES, STEPS - STAGES)
+        following = rows + gl.minimum(step + STAGES, STEPS - 1) * 128
+        accs, weights, x = turn(
+            accs,
+            weights,
+            x,
+            rows + step * 128,
+            following,
+            words_ptr + ahead * 512,
+            field_ptr + ahead * 16,
+            zero,
+            FAR,
+            STAGES,
+            CDNA,
+            SCALED,
+            False,
+        )
     return gl.sum(accs[0], 0), gl.sum(accs[1], 0)
 
 
 @gluon.jit
-def _weight_pointers(
+def weight_pointers(
     w_ptr,
     field_ptr,
     first,
-    GROUPS: gl.constexpr,
-    STEPS: gl.constexpr,
+    groups,
+    steps,
     SLICES: gl.constexpr,
     BLOCK_N: gl.constexpr,
     mma: gl.constexpr,
@@ -112,9 +162,9 @@ def _weight_pointers(
     # 64 bits for the first row, 32 within the tile.
     words = (
         w_ptr
-        + first * (GROUPS * 32)
+        + first * (groups * 32)
         + (
-            ((n[None, :, None] // 16) * GROUPS + s[:, None, None] * STEPS) * 512
+            ((n[None, :, None] // 16) * groups + s[:, None, None] * steps) * 512
             + (n[None, :, None] % 16) * 32
             + k[None, None, :]
         )
@@ -122,8 +172,8 @@ def _weight_pointers(
     scaled: gl.constexpr = gl.SliceLayout(2, left if SCALED else mma)  # where the scales are applied
     n_acc = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, scaled))
     s_acc = gl.arange(0, SLICES, layout=gl.SliceLayout(1, scaled))
-    return words, field_ptr + first * GROUPS + (
-        (n_acc[None, :] // 16) * (GROUPS * 16) + s_acc[:, None] * (STEPS * 16) + n_acc[None, :] % 16
+    return words, field_ptr + first * groups + (
+        (n_acc[None, :] // 16) * (groups * 16) + s_acc[:, None] * (steps * 16) + n_acc[None, :] % 16
     )
 
 
@@ -134,12 +184,12 @@ def _positions(start, end, BLOCK_M: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _row_pointers(x_ptr, row, WIDTH: gl.constexpr, STEPS: gl.constexpr, SLICES: gl.constexpr, mma: gl.constexpr):
+def row_pointers(x_ptr, row, width, steps, SLICES: gl.constexpr, mma: gl.constexpr):
     """Pointers [S, 32, M] to the first block of each slice of the activations' rows [M]."""
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     k = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, right)))
     s = gl.arange(0, SLICES, layout=gl.SliceLayout(1, gl.SliceLayout(2, right)))
-    return x_ptr + row.to(gl.int64)[None, None, :] * WIDTH + (s[:, None, None] * (STEPS * 128) + k[None, :, None])
+    return x_ptr + row.to(gl.int64)[None, None, :] * width + (s[:, None, None] * (steps * 128) + k[None, :, None])
 
 
 @gluon.jit
@@ -183,16 +233,17 @@ def gate_up_stream(
         return
     n_first = gl.program_id(0) % n_tiles * BLOCK_N
     row = expert.to(gl.int64) * (2 * INTER) + n_first
-    words, fields = _weight_pointers(w13_ptr, scale_ptr, row, groups, steps, SLICES, BLOCK_N, mma, scaled)
+    words, fields = weight_pointers(w13_ptr, scale_ptr, row, groups, steps, SLICES, BLOCK_N, mma, scaled)
 
     start = gl.load(block_start_ptr + block)
     end = gl.load(block_end_ptr + block)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     position = _positions(start, end, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(1, right)))
     token = gl.load(route_ptr + position) // TOP_K
-    rows = _row_pointers(x_ptr, token, HIDDEN, steps, SLICES, mma)
+    rows = row_pointers(x_ptr, token, HIDDEN, steps, SLICES, mma)
     zero = gl.zeros([SLICES, BLOCK_N, BLOCK_M], gl.float32, layout=mma)
-    gate, up = _gemms(words, fields, rows, INTER * groups, steps, STAGES, zero, CDNA, scaled, False)
+    weights = first_weights(words, fields, INTER * groups, STAGES)
+    gate, up = gemms(weights, words, fields, rows, zero, INTER * groups, steps, STAGES, CDNA, scaled)
 
     n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, out))
     if HAS_BIAS:
@@ -244,15 +295,19 @@ def down_stream(
         return
     n_first = gl.program_id(0) % n_tiles * (2 * BLOCK_N)
     row = expert.to(gl.int64) * HIDDEN + n_first
-    words, fields = _weight_pointers(w2_ptr, scale_ptr, row, groups, steps, SLICES, BLOCK_N, mma, scaled)
+    words, fields = weight_pointers(w2_ptr, scale_ptr, row, groups, steps, SLICES, BLOCK_N, mma, scaled)
 
     start = gl.load(block_start_ptr + block, cache_modifier=".cg")
     end = gl.load(block_end_ptr + block, cache_modifier=".cg")
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     position = _positions(start, end, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(1, right)))
-    rows = _row_pointers(h_ptr, position, INTER, steps, SLICES, mma)
+    rows = row_pointers(h_ptr, position, INTER, steps, SLICES, mma)
     zero = gl.zeros([SLICES, BLOCK_N, BLOCK_M], gl.float32, layout=mma)
-    low, high = _gemms(words, fields, rows, BLOCK_N * groups, steps, STAGES, zero, CDNA, scaled, PDL)
+    weights = first_weights(words, fields, BLOCK_N * groups, STAGES)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    low, high = gemms(weights, words, fields, rows, zero, BLOCK_N * groups, steps, STAGES, CDNA, scaled)
 
     n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, out))
     if HAS_BIAS:

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.amd.cdna3 import buffer_load, mfma
 
 from moe_ep.kernels.cdna3 import tile_of
 from moe_ep.kernels.fragments import apart, decode_fp8, scale_f32, swiglu_f32
-from moe_ep.kernels.stream import _load_blocks, _positions, _row_pointers
+from moe_ep.kernels.stream import _positions, load_blocks, row_pointers
 
 _MISSING = gl.constexpr(2.0**-55)
 """Of the products: a weight comes out of its bits as value · 2^-7, and its scale as 2^(code − 65)."""
@@ -59,17 +59,17 @@ def _gemms(
             fields = fields + (buffer_load(field_ptr + (stage * 16 + i * FAR), field_at),)  # type: ignore[assignment]
     # Of 64 rows the activations of one step are as many as registers hold.
     early: gl.constexpr = zero.shape[2] <= 32
-    following, following_scale = _load_blocks(rows), buffer_load(x_scale_ptr, x_scale_at)
+    following, following_scale = load_blocks(rows), buffer_load(x_scale_ptr, x_scale_at)
     accs = (zero, zero)
     for step in range(0, STEPS, STAGES):
         for stage in gl.static_range(STAGES):
             if early:
                 x, x_scale = following, following_scale
                 after = gl.minimum(step + stage + 1, STEPS - 1)
-                following = _load_blocks(rows + after * 128)
+                following = load_blocks(rows + after * 128)
                 following_scale = buffer_load(x_scale_ptr + after, x_scale_at)
             else:
-                x = _load_blocks(rows + (step + stage) * 128)
+                x = load_blocks(rows + (step + stage) * 128)
                 x_scale = buffer_load(x_scale_ptr + (step + stage), x_scale_at)
             ahead = gl.minimum(step + stage + STAGES, STEPS - 1)
             for i in gl.static_range(2):
@@ -150,7 +150,7 @@ def gate_up_stream_fp8(
     end = gl.load(block_end_ptr + block)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     position = _positions(start, end, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(1, right)))
-    rows = _row_pointers(x_ptr, gl.load(route_ptr + position) // TOP_K, groups * 128, steps, SLICES, mma)
+    rows = row_pointers(x_ptr, gl.load(route_ptr + position) // TOP_K, groups * 128, steps, SLICES, mma)
     columns: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, mma))
     token = gl.load(route_ptr + _positions(start, end, BLOCK_M, columns)) // TOP_K
     x_scale_at = _scale_offsets(token, groups, steps, SLICES, mma)
@@ -214,7 +214,7 @@ def down_stream_fp8(
     end = gl.load(block_end_ptr + block)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     position = _positions(start, end, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(1, right)))
-    rows = _row_pointers(h_ptr, position, groups * 128, steps, SLICES, mma)
+    rows = row_pointers(h_ptr, position, groups * 128, steps, SLICES, mma)
     columns: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, mma))
     h_scale_at = _scale_offsets(_positions(start, end, BLOCK_M, columns), groups, steps, SLICES, mma)
     zero = gl.zeros([SLICES, BLOCK_N, BLOCK_M], gl.float32, layout=mma)

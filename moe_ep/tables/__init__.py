@@ -41,7 +41,7 @@ class _Gemm(BaseModel):
 class _Regime(BaseModel):
     model_config = ConfigDict(extra="forbid")
     rows: float = Field(gt=0)
-    kernel: Literal["stream", "warpgroup", "tile", "cdna3", "route"]
+    kernel: Literal["single", "stream", "warpgroup", "tile", "cdna3", "route"]
     block_m: Literal[8, 16, 32, 64, 128]
     gate_up: _Gemm
     down: _Gemm
@@ -57,6 +57,8 @@ class _Regime(BaseModel):
                 raise ValueError(f"{name}: block_n={gemm.block_n} must be a multiple of 16 for each warp of a slice")
             if self.kernel == "warpgroup" and (gemm.block_n not in (64, 128) or gemm.stages < 3 or gemm.warps != 4):
                 raise ValueError(f"{name}: a warpgroup kernel has 4 warps, block_n = 64 or 128 and stages >= 3")
+        if self.kernel == "single" and (self.block_m > 16 or self.gate_up != self.down):
+            raise ValueError(f"block_m={self.block_m}: the single kernel takes 8 or 16 tokens, and one tile for both")
         if self.kernel == "warpgroup" and self.block_m < 32:
             raise ValueError(f"block_m={self.block_m}: the warpgroup kernel takes 32 and more")
         if self.kernel == "route" and self.block_m != 16:
@@ -96,6 +98,8 @@ class _Table(BaseModel):
                 raise ValueError(f"rows {regime.rows}: the warpgroup kernel is for sm90, not {self.arch}")
             if (regime.kernel in ("cdna3", "route")) != (self.arch == GLUON_TABLE):
                 raise ValueError(f"rows {regime.rows}: {regime.kernel}, but cdna3 and route make up {GLUON_TABLE}.yaml")
+            if regime.kernel == "single" and not self.arch.startswith("sm"):
+                raise ValueError(f"rows {regime.rows}: the single kernel is for NVIDIA, not {self.arch}")
             if regime.kernel == "stream" and regime.block_m < 16 and not self.arch.startswith("sm"):
                 raise ValueError(f"rows {regime.rows}: block_m={regime.block_m}, but {self.arch} takes 16 and more")
         return self

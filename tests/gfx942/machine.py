@@ -34,8 +34,8 @@ _DIRECTIVES = {
 """What a kernel may ask for of how it starts and computes: what Triton asks for."""
 _NUMBERED = re.compile(r"[vsa][\d\[]")
 _F16_ARITHMETIC = re.compile(r"v_(pk_)?(add|sub|mul|fma)_f16")
-_PATIENCE = 10_000
-"""Backward jumps after which waves that wait further on get a turn: they may be who is waited for."""
+_PATIENCE = 200
+"""Backward jumps after which others go on as far as they can: they may be who is waited for."""
 _BATCH_WAVES = 128
 """Waves that execute together: enough to hide Python behind numpy, few enough for the registers to stay in cache."""
 
@@ -216,23 +216,23 @@ class _Batch:
         self.counter = np.zeros(waves.count, np.int64)
         self.ended = np.zeros(waves.count, bool)
         self.waiting = np.zeros(waves.count, bool)
+        self.parked = np.zeros(waves.count, bool)
         self.taken = 0
         self.jumps = 0
-        self.turn = 0
 
     def run(self) -> None:
         """Until every wave has ended."""
         while not self.ended.all():
-            ready = ~(self.ended | self.waiting)
+            ready = ~(self.ended | self.waiting | self.parked)
             if not ready.any():
                 self._release()
                 continue
-            places = np.unique(self.counter[ready])
-            pc = int(places[0])
-            if self.jumps > _PATIENCE and len(places) > 1:
-                self.jumps, self.turn = 0, self.turn + 1
-                pc = int(places[1 + self.turn % (len(places) - 1)])
+            pc = int(self.counter[ready].min())
             running = ready & (self.counter == pc)
+            if self.jumps > _PATIENCE:  # they may loop until others have come further
+                self.jumps = 0
+                self.parked |= running
+                continue
             later = self.counter[ready & (self.counter > pc)]
             self._straight(pc, running, int(later.min()) if later.size else len(self.machine.code))
 
@@ -270,11 +270,13 @@ class _Batch:
             self.counter[running & flow.taken(self.waves)] = flow.target
 
     def _release(self) -> None:
-        """Every wave that has not ended waits at a barrier: let the workgroups pass."""
+        """Let the workgroups pass of which every wave that has not ended waits at a barrier, and parked waves go on."""
+        self.parked[:] = False
         shape = (len(self.groups), self.waves.group_waves)
         waiting, ended = self.waiting.reshape(shape), self.ended.reshape(shape)
         places = self.counter.reshape(shape)
-        for group in np.nonzero(waiting.any(axis=1))[0]:
+        passing = waiting.any(axis=1) & (waiting | ended).all(axis=1)
+        for group in np.nonzero(passing)[0]:
             at = set(places[group][waiting[group]].tolist())
             if len(at) > 1 or ended[group].any():
                 where = ", ".join(sorted(self.machine.program.instructions[pc - 1].source or f"{pc - 1}" for pc in at))
@@ -285,8 +287,8 @@ class _Batch:
                     ),
                     max(at) - 1,
                 )
-        self.waves.lds.barrier(np.asarray(waiting.any(axis=1)))
-        self.waiting[:] = False
+        self.waves.lds.barrier(np.asarray(passing))
+        waiting[passing] = False
 
     def _located(self, fault: Fault, pc: int) -> Fault:
         """The same fault with its place before the message."""

@@ -207,7 +207,7 @@ def test_tokens_beyond_what_a_buffer_load_reaches_are_left_to_triton() -> None:
     few, many = (_config_for(tokens, target) for tokens in (8192, 2**31 // 2 // 7168 + 1))
     assert few.kernel == "cdna3"
     assert many.kernel == "tile"
-    assert launch_config(8192 * 6, 384, 7168, 3072, target, impl="gluon_kernel") == few
+    assert launch_config(8192, 6, 384, 7168, 3072, target, impl="gluon_kernel") == few
 
 
 def _config_for(tokens: int, target: Target) -> LaunchConfig:

@@ -29,6 +29,8 @@ GFX942_ONLY = [
 ]
 ON_HOPPER = [
     *EMULATED,
+    ("single", 8, Gemm(16, 4, 2, slices=4)),
+    ("single", 8, Gemm(32, 8, 1, slices=4)),
     ("stream", 8, Gemm(16, 2, 2, slices=2)),
     ("stream", 8, Gemm(64, 8, 1, slices=2)),
     ("stream", 8, Gemm(16, 4, 3, slices=4)),
@@ -64,6 +66,11 @@ in_ranges = pytest.mark.parametrize(
 )
 
 
+def count_for(kernel: Kernel, block_m: int, count: int) -> int:
+    """Of tokens: as many, or as the kernel takes at once."""
+    return min(count, block_m) if kernel == "single" else count
+
+
 def inner_for(kernel: Kernel) -> int:
     return 512 if kernel == "warpgroup" else INNER  # it takes whole tiles of 64 and 128 rows
 
@@ -86,7 +93,7 @@ def test_it_computes_the_formula_over_several_blocks_and_remote_routes(
 ) -> None:
     device = device_of(way)
     experts = make_experts(4, HIDDEN, inner_for(kernel), device, bias=True)
-    tokens = make_tokens(block_m + 5, HIDDEN, 4, 2, device)
+    tokens = make_tokens(count_for(kernel, block_m, block_m + 5), HIDDEN, 4, 2, device)
     tokens.ids[:, 0] = 1  # more than one block of routes, the second not full
     tokens.ids[:, 1] = torch.where(tokens.ids[:, 1] == 1, 3, tokens.ids[:, 1])
     expert_map = torch.tensor([0, 1, -1, 2], device=device)
@@ -127,7 +134,7 @@ def test_other_tokens_in_the_same_memory_give_what_they_gave_alone(
 ) -> None:
     device = device_of(way)
     experts = make_experts(3, HIDDEN, inner_for(kernel), device)
-    first, second = (make_tokens(9, HIDDEN, 3, 2, device, seed) for seed in range(2))
+    first, second = (make_tokens(count_for(kernel, block_m, 9), HIDDEN, 3, 2, device, seed) for seed in range(2))
     config = config_of(kernel, block_m, gemm)
     alone = call(way, run, config, experts, first)
     call(way, run, config, experts, second)
@@ -149,7 +156,7 @@ def test_ranges_of_columns_are_those_of_the_whole_bit_by_bit(
 ) -> None:
     device = device_of(way)
     experts = make_experts(3, HIDDEN, inner_for(kernel), device, bias=True)
-    tokens = make_tokens(9, HIDDEN, 3, 2, device)
+    tokens = make_tokens(count_for(kernel, block_m, 9), HIDDEN, 3, 2, device)
     whole, ranges = call(way, whole_and_ranges, config_of(kernel, block_m, gemm), experts, tokens)
     assert torch.equal(ranges, whole)
 
@@ -167,3 +174,26 @@ def test_memory_of_a_part_is_kept_for_its_stream_and_grows_twofold() -> None:
         "what is smaller takes the largest piece"
     )
     assert workspace.carve(cpu, -1, parts)["b"].data_ptr() == once["b"].data_ptr()
+
+
+def test_counters_are_a_stream_s_own_and_zero_before_their_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(workspace, "_counters", {})
+    monkeypatch.setattr(workspace, "_STREAMS", 2)
+    first, second = workspace.counters(cpu, 5), workspace.counters(cpu, 6)
+    assert first is not None
+    assert second is not None
+    assert not first.any()
+    assert not second.any()
+    first += 1
+    again = workspace.counters(cpu, 5)
+    assert again is not None
+    assert again.data_ptr() == first.data_ptr()
+    assert not second.any()
+    assert workspace.counters(cpu, 7) is None, "there are two"
+
+
+def test_counters_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "_counters", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert workspace.counters(torch.device("cuda", 0), 5) is None

@@ -1,5 +1,6 @@
 """Launch configurations for every problem: tables by arch and regime, made to fit, and the fallback."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,9 @@ def test_a_fallback_tile_holds_the_routes_that_most_experts_have(rows: float, bl
 def test_what_is_chosen_divides_the_problem_or_takes_any(
     arch: str, experts: int, hidden: int, inner: int, routes: int
 ) -> None:
-    config = choose(tables.find(arch), routes, experts, hidden, inner)
+    config = choose(tables.find(arch), routes, 1, experts, hidden, inner)
     for gemm, k, n in ((config.gate_up, hidden, inner), (config.down, inner, hidden // 2)):
-        if config.kernel == "stream":
+        if config.kernel in ("single", "stream"):
             assert n % gemm.block_n == 0
             assert k % (128 * gemm.slices * gemm.stages) == 0
             assert gemm.block_n % (16 * (gemm.warps // gemm.slices)) == 0
@@ -55,6 +56,23 @@ def test_slices_and_stages_shrink_until_they_divide_k() -> None:
     assert fitted.down == Gemm(block_n=64, warps=4, stages=1, slices=1)  # 5 groups are divided by nothing
 
 
+def test_the_single_kernel_s_one_tile_divides_both_gemms() -> None:
+    wide = Gemm(block_n=16, warps=4, stages=2, slices=4)
+    assert fit(LaunchConfig("single", 8, wide, wide), 4096, 2048) == LaunchConfig("single", 8, wide, wide)
+    narrow = fit(LaunchConfig("single", 8, wide, wide), 4096, 512)
+    assert narrow is not None
+    assert narrow.gate_up == narrow.down == replace(wide, stages=1)  # 4 groups of I are one step of 4 slices
+    assert fit(LaunchConfig("single", 8, wide, wide), 4096, 160) is None
+
+
+def test_more_tokens_than_the_single_kernel_takes_are_the_next_regime_s() -> None:
+    table = tables.find("sm90")
+    assert table is not None
+    for experts, hidden, inner in (FLASH, PRO):
+        assert choose(table, 8, 6, experts, hidden, inner).kernel == "single"
+        assert choose(table, 9, 4, experts, hidden, inner).kernel == "stream", "with fewer routes"
+
+
 def test_stages_shrink_until_shared_memory_holds_them() -> None:
     deep = Gemm(block_n=64, warps=4, stages=8)
     fitted = fit(LaunchConfig("warpgroup", 128, deep, deep), 4096, 256)
@@ -68,7 +86,7 @@ def test_a_k_of_broken_groups_falls_back(kernel: str) -> None:
     gemm = Gemm(block_n=64, warps=4, stages=3)
     config = LaunchConfig(kernel, 32, gemm, gemm)  # type: ignore[arg-type]
     assert fit(config, 160, 128) is None
-    assert choose(Table("x", "", (Regime(1e9, config),)), 1, 1, 160, 128).kernel == "tile"
+    assert choose(Table("x", "", (Regime(1e9, config),)), 1, 1, 1, 160, 128).kernel == "tile"
 
 
 def test_where_a_regime_cannot_fit_one_for_fewer_rows_is_taken_before_the_fallback() -> None:
@@ -77,10 +95,12 @@ def test_where_a_regime_cannot_fit_one_for_fewer_rows_is_taken_before_the_fallba
         LaunchConfig("warpgroup", block_m, *(Gemm(block_n=64, warps=4, stages=4),) * 2) for block_m in (64, 512)
     )
     table = Table("x", "", (Regime(4, few), Regime(1e9, many)))
-    assert choose(table, 800, 8, 4096, 512).kernel == "warpgroup"
-    assert choose(table, 800, 8, 4096, 96).kernel == "tile"
+    assert choose(table, 800, 1, 8, 4096, 512).kernel == "warpgroup"
+    assert choose(table, 800, 1, 8, 4096, 96).kernel == "tile"
     table = Table("x", "", (Regime(4, few), Regime(1e9, most)))
-    assert choose(table, 800, 8, 4096, 512).kernel == "stream", "three groups of 512 routes are more than there is room"
+    assert choose(table, 800, 1, 8, 4096, 512).kernel == "stream", (
+        "three groups of 512 routes are more than there is room"
+    )
 
 
 def test_a_table_is_for_the_arch_of_its_name(tmp_path: Path) -> None:
@@ -92,7 +112,7 @@ def test_a_table_is_for_the_arch_of_its_name(tmp_path: Path) -> None:
 
 def test_an_arch_without_a_table_has_the_fallback() -> None:
     assert tables.find("sm75") is None
-    assert choose(None, 6, 256, 4096, 2048).kernel == "tile"
+    assert choose(None, 1, 6, 256, 4096, 2048).kernel == "tile"
     assert "any device" in FALLBACK
 
 
@@ -142,6 +162,7 @@ regimes:
         (("block_m: 8", "block_m: 9"), "regimes.0.block_m"),
         (("kernel: stream", "kernel: steam"), "regimes.0.kernel"),
         (("slices: 2", "slices: 4"), "multiple of slices"),
+        (("kernel: stream", "kernel: single"), "takes 8 or 16 tokens, and one tile for both"),
         (("block_n: 64", "block_n: 32"), "block_n = 64 or 128"),
         (("stages: 4", "stages: 2"), "stages >= 3"),
         (("arch: sm90", "arch: sm80"), "is for sm90, not sm80"),
