@@ -71,7 +71,8 @@ def fused_moe_mxfp4(
     out: where to write it, contiguous [M, H] on the tokens' device; None for a new tensor. With it, weights in kernel
         order, and inputs that are contiguous and f32 where floats are asked for, a stream's calls allocate nothing
         after the first of a shape. What lies between the kernels is kept by stream (`moe_ep.workspace`): a CUDA graph
-        must not be replayed beside other calls, or another graph, of the stream that it was captured on
+        must not be replayed beside other calls, or another graph, of the stream that it was captured on: results would
+        be wrong, or never come
 
     Returns
     -------

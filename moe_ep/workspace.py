@@ -1,6 +1,7 @@
 """Memory that is kept between calls, so that after the first call of a size nothing is allocated."""
 
 import math
+import threading
 from collections.abc import Mapping
 
 import torch
@@ -33,20 +34,31 @@ _STREAMS, _COUNTERS = 256, 1024
 def counters(device: torch.device, stream: int) -> Tensor | None:
     """int32 [1024] for this device and stream, zero unless a kernel that leaves them zero runs.
 
-    None where they would have to be made while a graph is captured, which would fill them only as it is replayed, or
-    once there are no more.
+    Two such kernels at once would take each other's counts and might never end, which `carve`'s rule for graphs
+    excludes. None where the counters would have to be made while a graph is captured, which would fill them only as it
+    is replayed, or once there are no more. Backends make them when they load weights (`make_counters`).
     """
-    if device not in _counters:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None
-        _counters[device] = (torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device), {})
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # other streams take them too
+    if device not in _counters and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    make_counters(device)
     rows, of_stream = _counters[device]
-    row = of_stream.setdefault(stream, len(of_stream))
+    with _lock:
+        row = of_stream.setdefault(stream, len(of_stream))
     return rows[row] if row < _STREAMS else None
 
 
+def make_counters(device: torch.device) -> None:
+    """Make those of all streams of a device, if there are none."""
+    with _lock:
+        if device in _counters:
+            return
+        rows = torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # other streams take them too
+        _counters[device] = (rows, {})
+
+
+_lock = threading.Lock()
 _counters: dict[torch.device, tuple[Tensor, dict[int, int]]] = {}
 _kept: dict[tuple[torch.device, int, str], list[Tensor]] = {}
 

@@ -37,7 +37,8 @@ each of the pieces that they gather, or nothing."""
 _PROGRAMS = 3
 """Of the single kernel on a multiprocessor: as many as have room there."""
 _REGISTERS, _MOST_REGISTERS = 65536, 248  # of a multiprocessor, and of a thread
-_SINGLE_COUNTERS = 2  # besides one for each route and tile of features
+_SINGLE_COUNTERS = 2  # besides one for each route and tile of features: `kernels.single`
+_MOST_ROUTES = 128  # of that block: it compares each with each
 _FEWEST_ROUTES = 64  # of a block of them that the single kernel looks at, so that it is compiled once
 _KEPT_SHAPES = 4096  # ops of other shapes that are kept ready: every number of tokens of a prefill is one
 
@@ -214,10 +215,10 @@ def op_of(shape: Shape) -> Op | RouteOp | SingleOp:
     if config.kernel == "route":
         return _route_op(shape, config)
     if config.kernel == "single":
-        state = workspace.counters(shape.device, shape.stream)
-        if state is not None:
-            return _single_op(shape, config, state)
-        config = replace(config, kernel="stream")
+        single = _single_op(shape, config)
+        if single is not None:
+            return single
+        config = _several(config)
     raw = config.kernel == "warpgroup"
     shifts = not raw and not shape.rounds
     rounded = rounding_parts(shape.tokens, shape.hidden, routes, shape.inner, native=shape.fp8) if shape.rounds else {}
@@ -264,7 +265,7 @@ def _combine(shape: Shape, weighs: bool) -> BoundLaunch:
 @lru_cache(maxsize=_KEPT_SHAPES)
 def cut_of(shape: Shape, parts: int, spare: int) -> Cut | None:
     """None where the kernels do not take ranges of H / parts."""
-    op, config, width = op_of(shape), config_of(shape), shape.hidden // parts
+    op, config, width = op_of(shape), _several(config_of(shape)), shape.hidden // parts
     if not isinstance(op, Op) or width % TILE_ROWS:
         return None
     down = fit_down(config, width, shape.inner, fp8=shape.fp8)
@@ -324,17 +325,21 @@ def _route_op(shape: Shape, config: LaunchConfig) -> RouteOp:
     )
 
 
-def _single_op(shape: Shape, config: LaunchConfig, state: Tensor) -> SingleOp:
+def _several(config: LaunchConfig) -> LaunchConfig:
+    """The single kernel's tiles in several launches, for any number of tokens."""
+    return replace(config, kernel="stream") if config.kernel == "single" else config
+
+
+def _single_op(shape: Shape, config: LaunchConfig) -> SingleOp | None:
+    """None where the kernel does not take the tokens, or there are no counters for it (`workspace.counters`)."""
     from moe_ep.kernels.single import experts_single
 
     routes, gemm = shape.tokens * shape.top_k, config.gate_up
     block_r = max(_FEWEST_ROUTES, triton.next_power_of_2(routes))
     used = _SINGLE_COUNTERS + block_r + shape.hidden // (2 * gemm.block_n)
-    if shape.tokens > config.block_m or used > state.numel():
-        raise ValueError(
-            f"{shape.tokens} tokens of {shape.top_k} routes: the single kernel takes {config.block_m} tokens and "
-            f"{state.numel()} counters, and needs {used}"
-        )
+    state = workspace.counters(shape.device, shape.stream)
+    if state is None or used > state.numel() or shape.tokens > config.block_m or block_r > _MOST_ROUTES:
+        return None
     constants = {
         "TOP_K": shape.top_k,
         "HIDDEN": shape.hidden,

@@ -21,7 +21,7 @@ from moe_ep.bench.clock import eager_us, graph_us
 from moe_ep.bench.contenders import CONTENDERS, own
 from moe_ep.bench.peers import Op
 from moe_ep.bench.runs import relative_error
-from moe_ep.kernels.launch import Gemm, Kernel, LaunchConfig, Regime, Table, fit, fit_fp8
+from moe_ep.kernels.launch import Gemm, Kernel, LaunchConfig, Regime, Table, fit, fit_fp8, has_bf16_products
 from moe_ep.spec import ActivationDtype
 
 KEPT = "; the rest: "
@@ -86,8 +86,8 @@ def families(
     if arch == "gfx942":
         stream_blocks = (16,)
     elif arch.startswith("sm") and int(arch.removeprefix("sm")) >= 80:
-        stream_blocks = (8, 16)
-        if rows <= 1:
+        stream_blocks = (8, 16) if has_bf16_products(arch) else (8,)
+        if rows <= 1 and has_bf16_products(arch):
             yield "single", 8, _STREAM
     yield from (("stream", block_m, _STREAM) for block_m in stream_blocks if suits(block_m))
     if arch == "sm90":
@@ -191,7 +191,7 @@ def _family(
                     print(f"{tokens:>6} tokens: error {error:.1e}, not taken: {fitted}", flush=True)
                     return None
                 return Timed(fitted, graph_us(works) if device.type == "cuda" else eager_us(works, device))
-        except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
+        except (RuntimeError, triton.runtime.errors.TritonError) as error:
             print(f"{tokens:>6} tokens: {str(error).splitlines()[0]}: {fitted}", flush=True)
             return None
 

@@ -1,5 +1,6 @@
 """Which kernel makes the grouped GEMMs, with which tile: by arch and regime from a table, else a fallback."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +15,11 @@ REGISTER_KERNELS: tuple[Kernel, ...] = ("single", "stream", "cdna3", "route")
 """Those that take weights to registers in tiles of 16 rows, by slices of K and by stages."""
 FP8_KERNELS: tuple[Kernel, ...] = ("stream", "route")
 """Those of them that multiply activations as fp8, of every H and I."""
+
+
+def has_bf16_products(arch: str) -> bool:
+    """Whether an arch multiplies two bf16 at once, as the kernels that scale weights or activations in pairs do."""
+    return arch.startswith("sm") and int(arch.removeprefix("sm")) >= 90
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class LaunchConfig:
     down: Gemm
 
     def __str__(self) -> str:
+        if self.kernel == "single":
+            return f"single, up to {self.block_m} tokens; {self.gate_up}"
         return f"{self.kernel}, {self.block_m} routes; gate_up {self.gate_up}; down {self.down}"
 
 
@@ -132,8 +140,7 @@ def fit(config: LaunchConfig, hidden: int, inner: int) -> LaunchConfig | None:
         return config
     # The down projection's tile is two halves of block_n rows, as gate and up are.
     if config.kernel == "single":
-        gate_up = _fit_stream(config.gate_up, hidden, inner)
-        down = gate_up = _fit_stream(gate_up, inner, hidden // 2) if gate_up else None
+        gate_up = down = _fit_single(config.gate_up, hidden, inner)
     elif config.kernel in REGISTER_KERNELS:
         gate_up, down = _fit_stream(config.gate_up, hidden, inner), _fit_stream(config.down, inner, hidden // 2)
     else:
@@ -159,6 +166,16 @@ def _fit_stream(gemm: Gemm, k: int, n: int) -> Gemm | None:
     stages = next(s for s in range(gemm.stages, 0, -1) if groups // slices % s == 0)
     block_n = max(16, _halved(gemm.block_n, n))
     return Gemm(block_n, slices * min(across, block_n // 16), stages, slices)
+
+
+def _fit_single(gemm: Gemm, hidden: int, inner: int) -> Gemm | None:
+    """One tile for both GEMMs."""
+    first = _fit_stream(gemm, hidden, inner)
+    both = first and _fit_stream(first, inner, hidden // 2)
+    if both is None:
+        return None
+    steps = math.gcd(hidden // 128 // both.slices, inner // 128 // both.slices)
+    return replace(both, stages=next(s for s in range(both.stages, 0, -1) if steps % s == 0))
 
 
 def _fit_warpgroup(gemm: Gemm, block_m: int, k: int, n: int) -> Gemm | None:

@@ -105,10 +105,8 @@ def _value(later):
 @gluon.jit
 def _await(counter_ptr, count):
     """Wait until a counter has come that far, and see what was stored before."""
-    if gl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < count:
-        while gl.atomic_add(counter_ptr, 0, sem="relaxed", scope="gpu") < count:  # leaves the first-level cache alone
-            pass
-        gl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    while gl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < count:
+        pass
 
 
 @gluon.jit
@@ -263,7 +261,8 @@ def experts_single(
     ticket = _value(taken)
     column = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, gl.SliceLayout(1, right)))
     zero = gl.zeros([SLICES, BLOCK_N, BLOCK_M], gl.float32, layout=mma)
-    tile = _tile_of(gl.minimum(ticket, tickets - 1), hit, experts, TOP_K, up_tiles, down_tiles)
+    # Who has no tile fetches weights of one that exists, also where no expert is hit.
+    tile = _tile_of(gl.maximum(gl.minimum(ticket, tickets - 1), 0), hit, experts, TOP_K, up_tiles, down_tiles)
     words, fields, far = _weights_of(tile, w13_ptr, s13_ptr, w2_ptr, s2_ptr, HIDDEN, INTER, BLOCK_N, SLICES, mma)
     weights = first_weights(words, fields, far, STAGES)
     last_number = -1  # of the tile of features whose counter this program has added to last
@@ -319,8 +318,7 @@ def experts_single(
     if hit == 0:  # every route is remote
         for i in range(gl.program_id(0), down_tiles, PROGRAMS):
             _combine_tile(y_ptr, weight_ptr, out_ptr, experts, i, tokens, TOP_K, HIDDEN, CDNA, BLOCK_M, 2 * BLOCK_N)
-    # Relaxed, since some program has seen each counter's last change before it came here.
-    if _value(_count_later(state_ptr + _DONE, "relaxed", CDNA)) == PROGRAMS - 1:
+    if _value(_count_later(state_ptr + _DONE, "acq_rel", CDNA)) == PROGRAMS - 1:
         size: gl.constexpr = _MADE + BLOCK_R + down_tiles
         line: gl.constexpr = gl.BlockedLayout([1], [_lanes(CDNA)], [gl.num_warps()], [0])
         at_once: gl.constexpr = gl.num_warps() * _lanes(CDNA)

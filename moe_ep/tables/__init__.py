@@ -8,7 +8,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from moe_ep.kernels.launch import FP8_KERNELS, REGISTER_KERNELS, Gemm, LaunchConfig, Regime, Table
+from moe_ep.kernels.launch import (
+    FP8_KERNELS,
+    REGISTER_KERNELS,
+    Gemm,
+    LaunchConfig,
+    Regime,
+    Table,
+    has_bf16_products,
+)
 
 DIRECTORY_VARIABLE = "MOE_EP_TABLES"
 """A directory whose `<arch>.yaml` are taken before those of the package."""
@@ -98,8 +106,12 @@ class _Table(BaseModel):
                 raise ValueError(f"rows {regime.rows}: the warpgroup kernel is for sm90, not {self.arch}")
             if (regime.kernel in ("cdna3", "route")) != (self.arch == GLUON_TABLE):
                 raise ValueError(f"rows {regime.rows}: {regime.kernel}, but cdna3 and route make up {GLUON_TABLE}.yaml")
-            if regime.kernel == "single" and not self.arch.startswith("sm"):
-                raise ValueError(f"rows {regime.rows}: the single kernel is for NVIDIA, not {self.arch}")
+            pairs = regime.kernel == "stream" and regime.block_m >= 16 and self.arch.startswith("sm")
+            if (pairs or regime.kernel == "single") and not has_bf16_products(self.arch):
+                raise ValueError(
+                    f"rows {regime.rows}: {regime.kernel} with block_m={regime.block_m} is for sm90 and newer, not "
+                    f"{self.arch}"
+                )
             if regime.kernel == "stream" and regime.block_m < 16 and not self.arch.startswith("sm"):
                 raise ValueError(f"rows {regime.rows}: block_m={regime.block_m}, but {self.arch} takes 16 and more")
         return self

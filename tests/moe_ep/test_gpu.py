@@ -8,9 +8,11 @@ import torch
 from moe_ep import manifest as manifests
 from moe_ep import preshard
 from moe_ep.backends.base import MoEBackend
+from moe_ep.backends.op import using
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Alone
 from moe_ep.fused import fused_moe_mxfp4
+from moe_ep.kernels.launch import Gemm, LaunchConfig
 from moe_ep.layer import MoELayer
 from moe_ep.loading import Reading, load_layers
 from moe_ep.placement import WHOLE, Placement, Slice
@@ -41,6 +43,50 @@ def test_the_kernels_can_be_captured_and_replayed_on_other_tokens(device: torch.
             getattr(fixed, name).copy_(tensor)
         graph.replay()
         assert relative_error(out, by_formula(experts, batch, only=range(4))) < 4e-3
+
+
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper or a newer GPU"
+)
+SINGLE = LaunchConfig("single", 8, *(Gemm(16, 4, 2, slices=4),) * 2)
+
+
+@on_hopper
+def test_an_op_in_one_launch_can_be_captured_and_replayed_again_and_again(device: torch.device) -> None:
+    experts, expert_map = make_experts(64, 1024, 1024, device), torch.arange(64, device=device).int()
+    held, expert_map[32:] = experts.rows(range(32)), -1
+    batches = [make_tokens(8, 1024, 64, 6, device, seed) for seed in range(5)]
+    batches[2].ids[:] = 63  # remote
+    fixed = Tokens(*(t.clone() for t in vars(batches[0]).values()))
+    with using(SINGLE):
+        expected = [partial(held, batch, "cuda", expert_map=expert_map) for batch in batches]
+        for got, batch in zip(expected, batches, strict=True):
+            formula = by_formula(experts, batch, only=range(32))
+            assert relative_error(got, formula) < 4e-3 if formula.any() else not got.any()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = [partial(held, fixed, "cuda", expert_map=expert_map) for _ in range(3)]
+    for turn in range(100):
+        batch = batches[turn % 5]
+        for name, tensor in vars(batch).items():
+            getattr(fixed, name).copy_(tensor)
+        graph.replay()
+        assert all(torch.equal(out, expected[turn % 5]) for out in outs)
+
+
+@on_hopper
+def test_ops_in_one_launch_each_on_two_streams_at_once_give_what_they_give_alone(device: torch.device) -> None:
+    experts, batch = make_experts(32, 1024, 1024, device), make_tokens(8, 1024, 32, 6, device)
+    streams, outs = [torch.cuda.Stream(priority=priority) for priority in (0, -1)], []
+    with using(SINGLE):
+        alone = partial(experts, batch, "cuda")
+        torch.cuda.synchronize()
+        for _ in range(200):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    outs.append(partial(experts, batch, "cuda"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, alone) for out in outs)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 700])

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from moe_ep import tables
-from moe_ep.backends.op import Shape, config_of, gemms_of
+from moe_ep.backends.op import Shape, SingleOp, config_of, gemms_of, op_of
 from moe_ep.backends.target import Target
 from moe_ep.bench.cases import SHAPES, RankShape
 from moe_ep.kernels.bound import BoundLaunch
@@ -26,6 +26,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NVDISASM = CUOBJDUMP.with_name("nvdisasm")
 HOPPER = Target("cuda", "sm90", 32, 132)
 POINTERS = {"x": "bf16", "h": "bf16", "w13": "u16", "w2": "u16", "scale": "u32", "bias": "fp32", "weight": "fp32"}
+POINTERS |= {"s13": "u32", "s2": "u32", "b13": "fp32", "b2": "fp32", "out": "bf16"}
 
 TABLE = tables.find("sm90")
 assert TABLE is not None
@@ -66,7 +67,7 @@ def compiled(launch: Launch) -> Any:
         elif name in launch.constants:
             signature[name], constants[name] = "constexpr", launch.constants[name]
         else:
-            signature[name] = "fp32"
+            signature[name] = "fp32" if name == "limit" else "i32"
     source = GluonASTSource(launch.kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
 
@@ -118,9 +119,14 @@ def _shape(shape: RankShape, tokens: int) -> Shape:
     )
 
 
-def launches(shape: RankShape, regime: str) -> tuple[Launch, Launch]:
+def launches(shape: RankShape, regime: str) -> tuple[Launch, ...]:
+    """Of gate and up and of down, or the one of an op."""
     config = fit(REGIMES[regime], shape.hidden, shape.inner)
     assert config is not None
+    if config.kernel == "single":
+        op = op_of(replace(_shape(shape, config.block_m), override=config))
+        assert isinstance(op, SingleOp)
+        return (op.launch,)
     gate_up, down = gemms_of(_shape(shape, 64), config, 64)
     assert isinstance(gate_up, Launch)
     assert isinstance(down, Launch)
@@ -153,6 +159,18 @@ def test_every_kernel_of_the_table_fits_a_multiprocessor(name: str, regime: str,
         assert "griddepcontrol.wait" in ptx, "it may start before the kernel before it has ended"
 
 
+def test_what_others_made_is_read_only_after_an_acquire() -> None:
+    """Triton leaves an atomic out whose value nothing takes, and the acquire with it."""
+    regime = next(name for name in REGIMES if "single" in name)
+    (launch,) = launches(SHAPES["pro-ep8"], regime)
+    ptx = compiled(launch).asm["ptx"]
+    loads = re.findall(r"ld\.\S*(?:acquire|relaxed)\S*", ptx)
+    assert len(loads) == 1, "the loop that waits for h"
+    assert "acquire" in loads[0]
+    atomics = re.findall(r"atom\.\S*?(relaxed|acquire|release|acq_rel)", ptx)
+    assert sorted(atomics) == ["acq_rel", "acq_rel", "relaxed", "relaxed", "release"]
+
+
 @pytest.mark.parametrize("regime", [name for name in REGIMES if "stream" in name])
 def test_weights_stream_at_16_bytes_a_lane_past_shared_memory(regime: str) -> None:
     for launch in launches(SHAPES["pro-ep8"], regime):
@@ -172,6 +190,6 @@ def test_what_asynchronous_copies_cannot_take_goes_to_the_tile_kernel() -> None:
     assert config_of(replace(what, aligned=(True, False, True))).kernel == "tile"
     assert config_of(replace(what, aligned=(True, True, True, False, True))).kernel == "tile"
     assert config_of(replace(what, tokens=300_000)).kernel == "tile", "offsets of activations have 32 bits"
-    assert config_of(replace(what, tokens=8, aligned=(True, False, True))).kernel == "stream", (
+    assert config_of(replace(what, tokens=16, aligned=(True, False, True))).kernel == "stream", (
         "plain loads take any address"
     )

@@ -197,3 +197,6 @@ def test_counters_are_not_made_while_a_graph_is_captured(monkeypatch: pytest.Mon
     monkeypatch.setattr(workspace, "_counters", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert workspace.counters(torch.device("cuda", 0), 5) is None
+    made = torch.zeros(workspace._STREAMS, 4, dtype=torch.int32)
+    workspace._counters[torch.device("cuda", 0)] = (made, {})
+    assert workspace.counters(torch.device("cuda", 0), 5) is not None, "those that there are can be captured"

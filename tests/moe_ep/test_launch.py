@@ -63,6 +63,10 @@ def test_the_single_kernel_s_one_tile_divides_both_gemms() -> None:
     assert narrow is not None
     assert narrow.gate_up == narrow.down == replace(wide, stages=1)  # 4 groups of I are one step of 4 slices
     assert fit(LaunchConfig("single", 8, wide, wide), 4096, 160) is None
+    deep = Gemm(block_n=16, warps=2, stages=4, slices=2)
+    both = fit(LaunchConfig("single", 8, deep, deep), 4096, 1536)
+    assert both is not None
+    assert both.down == replace(deep, stages=2)  # 16 and 6 steps: of 4, 3 and 2 stages only 2 divide both
 
 
 def test_more_tokens_than_the_single_kernel_takes_are_the_next_regime_s() -> None:
@@ -101,6 +105,19 @@ def test_where_a_regime_cannot_fit_one_for_fewer_rows_is_taken_before_the_fallba
     assert choose(table, 800, 1, 8, 4096, 512).kernel == "stream", (
         "three groups of 512 routes are more than there is room"
     )
+
+
+@pytest.mark.parametrize("regime", ["kernel: single, block_m: 8", "kernel: stream, block_m: 16"])
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942"])
+def test_what_multiplies_pairs_is_for_hopper_and_newer(tmp_path: Path, arch: str, regime: str) -> None:
+    path = tmp_path / f"{arch}.yaml"
+    gemms = "gate_up: &g {block_n: 16, warps: 4, stages: 2, slices: 4}, down: *g"
+    path.write_text(f"arch: {arch}\nsource: a test\nregimes: [{{rows: 1, {regime}, {gemms}}}]")
+    if arch == "sm90" or (arch == "gfx942" and "stream" in regime):
+        assert len(tables.read(path).regimes) == 1
+    else:
+        with pytest.raises(TableError, match=f"is for sm90 and newer, not {arch}"):
+            tables.read(path)
 
 
 def test_a_table_is_for_the_arch_of_its_name(tmp_path: Path) -> None:
@@ -209,7 +226,7 @@ regimes:
         (("block_m: 16", "block_m: 32"), "write 16"),
         (("block_m: 32", "block_m: 64"), "takes 16 and 32"),
         (("kernel: cdna3", "kernel: stream"), "stream, but cdna3 and route make up gfx942-gluon.yaml"),
-        (("kernel: route", "kernel: tile"), "only stream, cdna3, route slice K"),
+        (("kernel: route", "kernel: tile"), "only single, stream, cdna3, route slice K"),
         (
             (
                 "source: a test",

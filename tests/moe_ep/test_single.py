@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_ep import workspace
+from moe_ep import fused_moe_mxfp4, workspace
 from moe_ep.backends.op import op_of, using
+from moe_ep.fused import fused_moe_mxfp4_by_columns
 from moe_ep.kernels.launch import Gemm, LaunchConfig, fit
 from tests.gfx942.driver import Chip, emulated
 from tests.moe_ep.experts import Experts, Tokens, _partial, by_formula, make_experts, make_tokens, relative_error
@@ -128,7 +129,29 @@ def test_where_counters_are_no_more_an_op_is_made_in_several_launches(monkeypatc
     assert relative_error(got, expected(experts, tokens)) < 5e-3
 
 
-def test_more_tokens_than_columns_are_refused_by_number() -> None:
-    experts, tokens = make_experts(4, HIDDEN, INNER, CPU), make_tokens(17, HIDDEN, 4, 2, CPU)
-    with chip(), pytest.raises(ValueError, match="17 tokens of 2 routes: the single kernel takes 16 tokens"):
-        partial(experts, tokens)
+def test_ranges_of_columns_are_the_whole_s_where_counters_are_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, tokens = make_experts(3, HIDDEN, INNER, CPU), make_tokens(5, HIDDEN, 3, 2, CPU)
+    monkeypatch.setattr(workspace, "counters", lambda device, stream: None)
+    packed = (tokens.x, experts.w13, experts.w13_scale, experts.w2, experts.w2_scale, tokens.ids, tokens.weights)
+    with chip(), using(CONFIG):
+        ranges = list(fused_moe_mxfp4_by_columns(*packed, impl="triton_kernel", parts=2))
+        assert torch.equal(torch.cat(ranges, 1), fused_moe_mxfp4(*packed, impl="triton_kernel"))
+
+
+@pytest.mark.parametrize(("count", "top_k"), [(17, 2), (16, 9)])
+def test_what_it_does_not_take_is_made_in_several_launches(count: int, top_k: int) -> None:
+    experts, tokens = make_experts(12, HIDDEN, INNER, CPU), make_tokens(count, HIDDEN, 12, top_k, CPU)
+    with chip() as found, using(CONFIG):
+        got = _partial(experts, tokens, "triton_kernel")
+    assert len(found.launches) == 4
+    assert relative_error(got, by_formula(experts, tokens)) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_it_takes_ids_of_any_integer_type_and_gives_f32(dtype: torch.dtype) -> None:
+    experts, tokens = make_experts(3, HIDDEN, INNER, CPU), make_tokens(3, HIDDEN, 3, 2, CPU)
+    with chip(), using(CONFIG):
+        packed = (tokens.x, experts.w13, experts.w13_scale, experts.w2, experts.w2_scale, tokens.ids.to(dtype))
+        got = fused_moe_mxfp4(*packed, tokens.weights, impl="triton_kernel", out_dtype=torch.float32)
+    assert got.dtype == torch.float32
+    assert relative_error(got, by_formula(experts, tokens)) < 5e-3
