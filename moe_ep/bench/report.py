@@ -13,6 +13,7 @@ COLUMNS = (
     *("shape", "tokens", "routing", "kernel", "hit", "routes", "floor"),
     *("eager", "graph", "GB/s", "TFLOP/s", "ratio", "error"),
 )
+_PANELS_A_ROW = 4  # of a plot
 
 
 def heading() -> str:
@@ -54,8 +55,12 @@ def plot(path: Path, header: dict[str, Any], lines: Sequence[Line]) -> None:
     from matplotlib import pyplot as plt
 
     panels = list(dict.fromkeys((line.shape, line.routing) for line in lines if not line.failure))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4), sharey=True, squeeze=False)
-    for axis, (shape, routing) in zip(axes[0], panels, strict=True):
+    columns = min(len(panels), _PANELS_A_ROW)
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 4 * rows), sharey=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (shape, routing) in zip(axes.flat, panels, strict=False):
         mine = [line for line in lines if (line.shape, line.routing) == (shape, routing) and not line.failure]
         for kernel in dict.fromkeys(line.kernel for line in mine):
             points = sorted((line.tokens, line.ratio or math.nan) for line in mine if line.kernel == kernel)
@@ -63,7 +68,8 @@ def plot(path: Path, header: dict[str, Any], lines: Sequence[Line]) -> None:
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{shape}, {routing}")
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("time / floor")
+    for row in axes:
+        row[0].set_ylabel("time / floor")
     axes[0][0].legend()
     figure.suptitle(f"{header['device']}, torch {header['torch']}, triton {header['triton']}, {header['date']}")
     figure.tight_layout()
