@@ -153,38 +153,51 @@ def _weights_of(
 
 
 @gluon.jit
+def _add_bias(sums, bias_ptr, row, FAR: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The sums of rows from `row` on, and of those FAR rows on, plus their biases."""
+    n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, sums[0].type.layout))
+    first = sums[0] + gl.load(bias_ptr + row + n)[:, None]
+    return first, sums[1] + gl.load(bias_ptr + row + n + FAR)[:, None]
+
+
+@gluon.jit
+def _outputs(
+    out_ptr, tile, n_first, tokens, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """Pointers [BLOCK_N, BLOCK_M] to features of a tile's tokens, and which of these take the expert."""
+    _up, _place, _number, _expert, first, takers = tile
+    n = n_first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+    return out_ptr + (first * tokens + m)[None, :] * WIDTH + n[:, None], (takers >> m & 1 != 0)[None, :]
+
+
+@gluon.jit
 def _store_h(
-    gate, up, h_ptr, bias_ptr, tile, tokens, limit,
+    sums, h_ptr, bias_ptr, tile, tokens, limit,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LIMIT: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_N, tokens] of an expert's hᵀ."""
-    n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, gate.type.layout))
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, gate.type.layout))
+    """[BLOCK_N, tokens] of an expert's hᵀ, of gate and up."""
     if HAS_BIAS:
-        row = _row_of(tile, HIDDEN, INTER, BLOCK_N)
-        gate += gl.load(bias_ptr + row + n)[:, None]
-        up += gl.load(bias_ptr + row + n + INTER)[:, None]
-    h_rows = h_ptr + (tile[4] * tokens + m)[None, :] * INTER + (tile[2] * BLOCK_N + n)[:, None]
-    gl.store(h_rows, swiglu(gate, up, limit, HAS_LIMIT), mask=(tile[5] >> m & 1 != 0)[None, :])
+        sums = _add_bias(sums, bias_ptr, _row_of(tile, HIDDEN, INTER, BLOCK_N), INTER, BLOCK_N)
+    layout: gl.constexpr = sums[0].type.layout
+    h_rows, mask = _outputs(h_ptr, tile, tile[2] * BLOCK_N, tokens, INTER, BLOCK_M, BLOCK_N, layout)
+    gl.store(h_rows, swiglu(sums[0], sums[1], limit, HAS_LIMIT), mask=mask)
 
 
 @gluon.jit
 def _store_y(
-    low, high, y_ptr, bias_ptr, tile, tokens,
+    sums, y_ptr, bias_ptr, tile, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """[2·BLOCK_N, tokens] of an expert's yᵀ, in two halves."""
-    n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, low.type.layout))
-    m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, low.type.layout))
     if HAS_BIAS:
-        row = _row_of(tile, HIDDEN, INTER, BLOCK_N)
-        low += gl.load(bias_ptr + row + n)[:, None]
-        high += gl.load(bias_ptr + row + n + BLOCK_N)[:, None]
-    y_rows = y_ptr + (tile[4] * tokens + m)[None, :] * HIDDEN + (tile[2] * (2 * BLOCK_N) + n)[:, None]
-    mask = (tile[5] >> m & 1 != 0)[None, :]
-    gl.store(y_rows, low, mask=mask)
-    gl.store(y_rows + BLOCK_N, high, mask=mask)
+        sums = _add_bias(sums, bias_ptr, _row_of(tile, HIDDEN, INTER, BLOCK_N), BLOCK_N, BLOCK_N)
+    layout: gl.constexpr = sums[0].type.layout
+    y_rows, mask = _outputs(y_ptr, tile, tile[2] * (2 * BLOCK_N), tokens, HIDDEN, BLOCK_M, BLOCK_N, layout)
+    gl.store(y_rows, sums[0], mask=mask)
+    gl.store(y_rows + BLOCK_N, sums[1], mask=mask)
 
 
 @gluon.jit
@@ -296,13 +309,13 @@ def experts_single(
         sums = (gl.sum(accs[0], 0), gl.sum(accs[1], 0))
         if up:
             _store_h(
-                sums[0], sums[1], h_ptr, b13_ptr, tile, tokens, limit,
+                sums, h_ptr, b13_ptr, tile, tokens, limit,
                 HIDDEN, INTER, HAS_B13, HAS_LIMIT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             gl.thread_barrier()
             gl.atomic_add(state_ptr + _MADE + place, 1, sem="release", scope="gpu")
         else:
-            _store_y(sums[0], sums[1], y_ptr, b2_ptr, tile, tokens, HIDDEN, INTER, HAS_B2, BLOCK_M, BLOCK_N)
+            _store_y(sums, y_ptr, b2_ptr, tile, tokens, HIDDEN, INTER, HAS_B2, BLOCK_M, BLOCK_N)
             gl.thread_barrier()
             if (last_number >= 0) & (_value(counted) == hit - 1):
                 _combine_tile(
