@@ -6,8 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from jobs.place import Place, share
 from jobs.request import ProbeRequest
-from jobs.stages import Place, share
 from moe_ep.bench.check import Check, check
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from jobs.events import UNWRITABLE, EventLog, RunFolderError
 from jobs.graphs import MOST_TOKENS, capture
+from jobs.place import Place
 from jobs.request import ProbeRequest
 from jobs.rounds import agree, least
 from jobs.scratch import remove
-from jobs.stages import Place, tokens
+from jobs.stages import tokens
 from jobs.throughput import of_the_slowest_rank, slowest, timed
 from moe_ep.comm import Auto, Combine
 from moe_ep.comm.groups import EpGroups, ep_groups

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from jobs.stages import Place
+from jobs.place import Place
 
 MOST_TOKENS = 512
 """Of a pass that is captured. Above it engines launch too, and a captured pass would need a workspace of its own that

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in __all__
 
     from jobs.communication import Communication
-    from jobs.stages import Place
+    from jobs.place import Place
     from moe_ep.reading import Progress
 
 
@@ -89,7 +89,7 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
     with log.stage("env") as data:
         if request.scratch:
             scratch.make_private(Path(request.scratch))
-        from jobs import communication, earlier, environment, stages, throughput
+        from jobs import budget, communication, earlier, environment, stages, throughput
         from jobs.allocations import Allocations
         from moe_ep.bench.clock import measure_rates
         from moe_ep.selector import NoBackendError
@@ -137,7 +137,7 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
         return
 
     with log.stage("weights") as data:
-        planned = data["planned"] = stages.check_fits(request, where, record.selected)
+        planned = data["planned"] = budget.check_fits(request, where, record.selected)
         watch = Allocations(device)
         arrivals = Arrivals(store, rank.rank, rank.world)
         before = environment.allocated(device)
@@ -180,9 +180,9 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
     with log.stage("memory") as data:
         with watch.during("largest pass"):
             stages.largest_pass(request, where, layers)
-        most = {stages.READING: loaded["buffer_bytes"], **{part: n - held for part, n in watch.most.items()}}
-        work = stages.planned_work(request, where, record.selected)
-        data |= stages.memory(where, layers, planned, grown, work, most)
+        most = {budget.READING: loaded["buffer_bytes"], **{part: n - held for part, n in watch.most.items()}}
+        work = budget.planned_work(request, where, record.selected)
+        data |= budget.memory(where, layers, planned, grown, work, most)
 
     if where.group_size > 1:
         with log.stage("comm") as data:
@@ -206,7 +206,7 @@ def _probe(request: ProbeRequest, folder: Path, rank: Rank, log: EventLog) -> No
 
 def meet(request: ProbeRequest, folder: Path, rank: Rank, data: dict[str, Any]) -> "tuple[TCPStore, Place]":
     """Pick the rank's device and meet the others; `data` gets what the rank runs on, and where all run."""
-    from jobs import agreement, environment, stages
+    from jobs import agreement, environment, place
 
     device = environment.pick_device(rank.local_rank, request.arch)
     data |= environment.describe(device)
@@ -214,7 +214,7 @@ def meet(request: ProbeRequest, folder: Path, rank: Rank, data: dict[str, Any]) 
     mine = agreement.configuration(folder, data)
     data["configuration"] = agreement.agree(store, rank.rank, rank.world, mine, request.rank_timeout_s)
     data["hosts"] = _check_hosts(request, rank)
-    return store, stages.place(request, rank.rank, device)
+    return store, place.place(request, rank.rank, device)
 
 
 def tell(log: EventLog, arrivals: Arrivals) -> Callable[["Progress"], None]:

@@ -21,17 +21,18 @@ from engine.group import Group
 from engine.model import Ranks, ServedModel
 from engine.scheduler import Scheduler
 from engine.text import Tokenizer
-from jobs import environment, stages
+from jobs import budget, environment, stages
 from jobs.arrivals import Arrivals
+from jobs.budget import DoesNotFitError
 from jobs.communication import EARLY, leave
 from jobs.events import EventLog
 from jobs.first_answer import Recorded, recorded_answer, warm
 from jobs.phases import Phases
+from jobs.place import Place
 from jobs.probe import end, meet, tell
 from jobs.rank import Rank
 from jobs.request import ProbeRequest
 from jobs.serving import DRAINED_S, ENDPOINT, Ending, Endpoint, ServeRequest
-from jobs.stages import DoesNotFitError, Place
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import AllReduce, Alone, Combine
 from moe_ep.comm.group import Group as Collectives
@@ -132,7 +133,7 @@ def _load(
     dtype = torch.float32 if serve.dtype == "f32" else torch.bfloat16
     heads = Slice(where.rank, where.world) if serve.shard_dense else Slice()
     item, limits = dtype.itemsize, serve.limits
-    planned = widened(stages.check_fits(request, where), request.shape, item)
+    planned = widened(budget.check_fits(request, where), request.shape, item)
     planned["dense weights"] = sum(dense_held_bytes(request.shape, attention, heads.size, item).values())
     planned["caches"] = limits.sequences * cache_bytes(attention, request.shape.layers, limits.context, item)
     planned["caches"] += kept_bytes(attention, request.shape.layers, limits.step_tokens, item)

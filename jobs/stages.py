@@ -2,9 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,90 +11,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jobs.arrivals import Arrivals
-from jobs.environment import free_memory, resident
+from jobs.place import Place, shared_slice, spec_of
 from jobs.request import ProbeRequest
 from moe_ep import manifest as manifests
 from moe_ep import preshard as preshard_files
 from moe_ep.arrangement import Arrangement
 from moe_ep.backends.base import MoEBackend
-from moe_ep.bench.cases import RankShape
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Combine
-from moe_ep.comm.watch import Watch
-from moe_ep.cost import Wire
 from moe_ep.dense import Weights, dense_layer
 from moe_ep.exchange import ColumnExchange
-from moe_ep.footprint import WORK_OF, Sharing, work_bytes
 from moe_ep.layer import MoELayer
 from moe_ep.loading import Reading, load_layers
 from moe_ep.made import MadeWeights, make_layers
-from moe_ep.placement import WHOLE, Placement, Slice
-from moe_ep.reading import Progress, buffer_bytes
+from moe_ep.placement import Placement, Slice
+from moe_ep.reading import Progress
 from moe_ep.selector import SelectionRecord, explain_selection, select_backend
-from moe_ep.spec import MoELayerSpec, Mxfp4Config
+from moe_ep.spec import Mxfp4Config
 from moe_ep.synthetic import write_checkpoint
 from moe_ep.targets import allocator
-
-GB = 10**9
-READING = "reading buffers"
-"""Among the parts of a rank's work."""
-
-
-class DoesNotFitError(RuntimeError):
-    """The rank's share of the model is larger than the memory it has."""
 
 
 class ParityError(RuntimeError):
     """The layer's output is too far from the dense reference."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """A rank's device and its place among the ranks that hold a layer's experts together."""
-
-    rank: int
-    world: int
-    group_rank: int
-    group_size: int
-    replica: int
-    """Which group: the groups hold the same experts and work on different tokens."""
-    group: dist.ProcessGroup | None
-    device: torch.device
-    watch: Watch | None = None
-    """Of waits that all ranks of the world take part in, beside the collectives of their groups."""
-
-    def waiting(self, what: str) -> AbstractContextManager[None]:
-        """Where the host waits for all ranks: who does not come is named. The same on every rank."""
-        return nullcontext() if self.watch is None else self.watch.during(what)
-
-    def tokens_of(self, request: ProbeRequest, count: int) -> list[int]:
-        """By rank of the group, how many of `count` tokens it has: a share where each has its own, else all."""
-        if not request.own_tokens:
-            return [count] * self.group_size
-        return [count // self.group_size + (r < count % self.group_size) for r in range(self.group_size)]
-
-
-def place(request: ProbeRequest, rank: int, device: torch.device) -> Place:
-    """Split the world into groups of consecutive ranks. Every rank must call it."""
-    size, mine = request.group_size, None
-    for first in range(0, request.world, size):
-        # Without a timeout of its own a group takes the backend's default, half an hour.
-        group = dist.new_group(list(range(first, first + size)), timeout=timedelta(seconds=request.rank_timeout_s))
-        if first <= rank < first + size:
-            mine = group
-    return Place(rank, request.world, rank % size, size, rank // size, mine, device)
-
-
-def share(request: ProbeRequest, name: str) -> RankShape:
-    """The experts that a rank of this run holds, for what is measured without a checkpoint."""
-    shape = request.shape
-    inner = shape.intermediate // request.expert_tp
-    return RankShape(name, shape.hidden, inner, shape.experts, request.ep, shape.top_k)
-
-
 def select(request: ProbeRequest, where: Place) -> SelectionRecord:
     """The selection for this rank's share of a layer. It is the same for every layer."""
-    spec = _spec(request, where, request.layers[0])
+    spec = spec_of(request, where, request.layers[0])
     return explain_selection(spec, _quantisation(request), arch=request.arch, impl=request.impl)
 
 
@@ -126,69 +68,6 @@ def open_checkpoint(request: ProbeRequest, where: Place) -> Checkpoint:
     if checkpoint.shape != request.shape:
         raise ValueError(f"{path}: sizes are {checkpoint.shape}, the model file says {request.shape}")
     return checkpoint
-
-
-def check_fits(request: ProbeRequest, where: Place, impl: str | None = None) -> dict[str, int]:
-    """Bytes of the layers that this rank will hold, by item; what its work takes beside them must fit too.
-
-    Raises
-    ------
-    DoesNotFitError
-        If they are more than the memory that is free now.
-    """
-    spec = _spec(request, where, request.layers[0])
-    planned = request.shape.held_bytes(
-        _held_at_once(request),
-        spec.num_local_experts,
-        expert_tp=request.expert_tp,
-        shared_tp=shared_slice(request, where).size,
-    )
-    work = planned_work(request, where, impl or request.impl)
-    workspace = max(work.values())
-    # Ranks on a CPU share the host's memory.
-    free = free_memory(where.device) // (request.ranks_per_node if where.device.type == "cpu" else 1)
-    total = sum(planned.values()) + workspace
-    if total > free:
-        raise DoesNotFitError(
-            f"{total / GB:.1f} GB would be held ({planned['routed experts'] / GB:.1f} GB of routed experts, "
-            f"{workspace / GB:.1f} GB of workspace, "
-            f"{spec.num_local_experts} of {spec.num_experts} at ep={request.ep}), "
-            f"but {free / GB:.1f} GB are free on {where.device}: use more ranks and a larger topology.ep"
-        )
-    return planned
-
-
-def planned_work(request: ProbeRequest, where: Place, impl: str) -> dict[str, int]:
-    """Bytes beside the weights, by part of the work, and of the buffers that files are read into."""
-    spec = _spec(request, where, request.layers[0])
-    work = work_bytes(
-        request.shape,
-        len(_held_at_once(request)),
-        spec.num_local_experts,
-        tokens=max(request.batch_sizes),
-        parity_tokens=request.parity_tokens,
-        parity_share=where.group_size,
-        expert_tp=request.expert_tp,
-        shared_tp=shared_slice(request, where).size,
-        kernels=impl != "reference",
-        presharded=request.presharded is not None and request.kind == "probe",
-        made=request.made_skew is not None,
-        fp8=request.activation_dtype == "fp8",
-        sharing=Sharing(
-            where.group_size if request.own_tokens else 1,
-            Wire(request.comm.payload).row_bytes(request.shape),
-            exchanges=where.device.type == "cpu" or request.comm.strategy != "all_gather",
-            gpu=where.device.type != "cpu",
-        ),
-    )
-    parts = {part: count for part, count in work.items() if part in WORK_OF.get(request.kind, work)}
-    needed = request.made_skew is None and (where.device.type != "cpu" or request.read_direct)
-    return {READING: buffer_bytes(request.read_threads) if needed else 0, **parts}
-
-
-def _held_at_once(request: ProbeRequest) -> tuple[int, ...]:
-    """A pre-sharding holds one layer after another."""
-    return request.layers[:1] if request.kind == "preshard" else request.layers
 
 
 def load(
@@ -304,7 +183,7 @@ def backends(request: ProbeRequest, where: Place) -> dict[int, MoEBackend]:
     """The backend of each layer that is loaded."""
     return {
         layer: select_backend(
-            _spec(request, where, layer), _quantisation(request), arch=request.arch, impl=request.impl
+            spec_of(request, where, layer), _quantisation(request), arch=request.arch, impl=request.impl
         )
         for layer in request.layers
     }
@@ -321,11 +200,6 @@ def arrangements(request: ProbeRequest) -> dict[int, Arrangement]:
 def reading(request: ProbeRequest) -> Reading:
     """How this run reads."""
     return Reading(request.read_threads, request.read_direct, stall_s=request.rank_timeout_s)
-
-
-def shared_slice(request: ProbeRequest, where: Place) -> Slice:
-    """What this rank holds of the shared expert."""
-    return Slice(where.group_rank, where.group_size) if request.shard_shared_expert else WHOLE
 
 
 def exchange(request: ProbeRequest, where: Place, arrivals: Arrivals) -> ColumnExchange | None:
@@ -391,40 +265,5 @@ def largest_pass(request: ProbeRequest, where: Place, layers: dict[int, MoELayer
     return out
 
 
-def memory(
-    where: Place,
-    layers: dict[int, MoELayer],
-    planned: dict[str, int],
-    allocated: int | None,
-    work: dict[str, int],
-    most: dict[str, int],
-) -> dict[str, Any]:
-    """Bytes planned for this rank, bytes that its layers took, and what the process and the device say.
-
-    `allocated` is by how much the allocator's count grew over the loading; where it does not count, the
-    layers' storages are added up. `work`: beside the layers, planned; `most`: measured, by the same parts.
-    """
-    tensors = [t for layer in layers.values() for t in (*layer.parameters(), *layer.buffers())]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    total, measured = sum(planned.values()), sum(storages.values()) if allocated is None else allocated
-    return {
-        "planned": planned,
-        "planned_total": total,
-        "measured_total": measured,
-        "difference": measured / total - 1,
-        "work": {part: {"planned": bytes_, "measured": most.get(part)} for part, bytes_ in work.items()},
-        "process_resident": resident(),
-        "free": free_memory(where.device),
-    }
-
-
 def _quantisation(request: ProbeRequest) -> Mxfp4Config:
     return Mxfp4Config(is_w4a8_fp8=request.activation_dtype == "fp8")
-
-
-def _spec(request: ProbeRequest, where: Place, layer: int) -> MoELayerSpec:
-    if request.expert_tp > 1:
-        return MoELayerSpec.of_rank(request.shape, layer, 0, 1, where.group_rank, where.group_size)
-    # A backend knows slots only; where experts lie in order, they are the experts.
-    slots = len(request.slots[0]) if request.slots else request.shape.experts
-    return MoELayerSpec.of_rank(replace(request.shape, experts=slots), layer, where.group_rank, where.group_size)

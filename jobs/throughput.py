@@ -15,8 +15,9 @@ from torch import Tensor
 
 from jobs.events import event_file
 from jobs.graphs import MOST_TOKENS, capture
+from jobs.place import Place
 from jobs.request import ProbeRequest
-from jobs.stages import Place, arrangements, tokens
+from jobs.stages import arrangements, tokens
 from moe_ep.bench.clock import Rates
 from moe_ep.layer import MoELayer
 from moe_ep.placement import Placement

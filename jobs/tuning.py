@@ -6,10 +6,10 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
+from jobs.place import Place, share
 from jobs.request import ProbeRequest
-from jobs.stages import Place, share
 from moe_ep import tables
-from moe_ep.backends.op import Impl, table_name
+from moe_ep.backends.call import Impl, table_name
 from moe_ep.backends.target import current_target
 from moe_ep.bench.tuner import measure, source, table_of, tuned_impl
 from moe_ep.kernels.launch import LaunchConfig

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_ep.backends import triton_kernel
-from moe_ep.backends.op import Impl
+from moe_ep.backends.call import Impl
 from moe_ep.backends.target import current_target, runs_on
 from moe_ep.backends.triton_kernel import TritonKernelBackend
 from moe_ep.shape import KERNEL_GROUP

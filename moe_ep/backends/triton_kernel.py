@@ -11,20 +11,9 @@ from triton.runtime import driver
 
 from moe_ep import tables, workspace
 from moe_ep.backends.base import Mxfp4Backend, activation_dtype
-from moe_ep.backends.op import (
-    GemmLaunch,
-    Impl,
-    Op,
-    RouteOp,
-    Shape,
-    SingleOp,
-    cut_of,
-    launch_config,
-    op_of,
-    order_for,
-    override,
-    table_name,
-)
+from moe_ep.backends.call import Impl, Shape, launch_config, order_for, override, table_name
+from moe_ep.backends.gemms import GemmLaunch
+from moe_ep.backends.op import Op, RouteOp, SingleOp, cut_of, op_of
 from moe_ep.backends.target import Target, current_target, interpreted, runs_on
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.launch import FALLBACK

@@ -48,7 +48,7 @@ def own(impl: str, activations: ActivationDtype = "bf16") -> Callable[[RankShape
     """What prepares a backend of this package, with weights in the order of this device for these activations."""
 
     def prepare(shape: RankShape, weights: Weights) -> Op:
-        from moe_ep.backends.op import order_for
+        from moe_ep.backends.call import order_for
         from moe_ep.backends.target import current_target
 
         plain = activations == "bf16" or impl == "reference"  # which need ask no device

@@ -7,7 +7,7 @@ import torch
 import typer
 
 from moe_ep import tables
-from moe_ep.backends.op import Impl, table_name
+from moe_ep.backends.call import Impl, table_name
 from moe_ep.backends.target import current_target
 from moe_ep.bench.cases import SHAPES
 from moe_ep.bench.contenders import CONTENDERS

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import triton
 
-from moe_ep.backends.op import Impl, table_name, using
+from moe_ep.backends.call import Impl, table_name, using
 from moe_ep.backends.target import current_target
 from moe_ep.bench.cases import RankShape, Weights, random_batch, random_weights
 from moe_ep.bench.clock import eager_us, graph_us

@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from jobs import environment, stages
+from jobs import budget, environment, stages
 from jobs.events import UNWRITABLE, EventLog
+from jobs.place import Place
 from jobs.rank import PORTS, Rank, join, port_block
 from jobs.request import ProbeRequest
 from launcher.events import read_events
@@ -212,22 +213,22 @@ def test_a_device_that_is_not_there_is_named_with_what_masks_it(monkeypatch: pyt
     assert environment.pick_device(7, "cpu") == torch.device("cpu")
 
 
-PLACE = stages.Place(rank=1, world=4, group_rank=1, group_size=4, replica=0, group=None, device=torch.device("cpu"))
+PLACE = Place(rank=1, world=4, group_rank=1, group_size=4, replica=0, group=None, device=torch.device("cpu"))
 
 
 def test_a_share_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     # The report that began this project: V4-Pro on one node at ep=4 wants 205.5 GB a rank.
     pro = fixed_plan("repro-1node-ep4").request()
-    monkeypatch.setattr(stages, "free_memory", lambda device: 4 * 118 * 10**9)
+    monkeypatch.setattr(budget, "free_memory", lambda device: 4 * 118 * 10**9)
     with pytest.raises(
-        stages.DoesNotFitError,
+        budget.DoesNotFitError,
         match=r"GB would be held \(205\.5 GB of routed experts, .* 96 of 384 at ep=4\), but 118",
     ):
-        stages.check_fits(pro, PLACE)
+        budget.check_fits(pro, PLACE)
 
 
 def test_what_fits_is_planned_item_by_item() -> None:
-    planned = stages.check_fits(REQUEST, PLACE)
+    planned = budget.check_fits(REQUEST, PLACE)
     assert planned == REQUEST.shape.held_bytes(REQUEST.layers, 4)
     assert planned["routed experts"] == 4 * 4 * REQUEST.shape.expert_bytes
 
@@ -236,13 +237,13 @@ def test_what_fits_is_planned_item_by_item() -> None:
 def test_a_rank_plans_for_itself_what_the_launcher_planned_for_it(
     changes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "free_memory", lambda device: 10**15)
+    monkeypatch.setattr(budget, "free_memory", lambda device: 10**15)
     plan = fixed_plan("v4pro-2node", changes)
     request, place = plan.request(), replace(PLACE, world=8, group_size=8, device=torch.device("cuda"))
     items = {item.name: item.job for item in plan_memory(plan.config).ranks[1].items}
-    work = stages.planned_work(request, place, "triton_kernel")
-    assert stages.check_fits(request, place, "triton_kernel")["routed experts"] == items["routed experts"]
-    assert max(count for part, count in work.items() if part != stages.READING) == items["workspace"]
+    work = budget.planned_work(request, place, "triton_kernel")
+    assert budget.check_fits(request, place, "triton_kernel")["routed experts"] == items["routed experts"]
+    assert max(count for part, count in work.items() if part != budget.READING) == items["workspace"]
 
 
 @pytest.mark.parametrize("error", [3e-2, float("nan"), float("inf")])

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.peers import Stage, ratios, stages
 from moe_ep import tables
-from moe_ep.backends.op import Impl
+from moe_ep.backends.call import Impl
 from moe_ep.bench import peers, report, tuner
 from moe_ep.bench.cases import SHAPES, Batch, RankShape, Routing, Weights, random_batch, random_weights
 from moe_ep.bench.check import check

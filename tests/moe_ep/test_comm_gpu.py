@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from moe_ep.bench.comm import TINY, Bench, build_layers, graphs_equal, tokens_of
+from moe_ep.bench.overlap import graphs_equal
+from moe_ep.bench.rig import TINY, Bench, build_layers, tokens_of
 from moe_ep.comm import Alone, Group
 from moe_ep.comm.groups import EpGroups, ep_groups
 from moe_ep.comm.peer import LEAST_BYTES

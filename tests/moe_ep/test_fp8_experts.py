@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from moe_ep import explain_selection, fused_moe_mxfp4, select_backend
-from moe_ep.backends.op import Op, Shape, op_of, using
+from moe_ep.backends.call import Shape, using
+from moe_ep.backends.op import Op, op_of
 from moe_ep.backends.target import Target
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.launch import FP8_KERNELS, Gemm, LaunchConfig, fit_fp8

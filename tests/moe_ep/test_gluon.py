@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_ep import fused_moe_mxfp4, tables
 from moe_ep.backends import gluon_kernel
-from moe_ep.backends.op import Shape, config_of, launch_config
+from moe_ep.backends.call import Shape, config_of, launch_config
 from moe_ep.backends.target import Target
 from moe_ep.bench.cases import Batch, Weights
 from moe_ep.bench.exact import exact

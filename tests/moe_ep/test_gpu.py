@@ -8,7 +8,7 @@ import torch
 from moe_ep import manifest as manifests
 from moe_ep import preshard
 from moe_ep.backends.base import MoEBackend
-from moe_ep.backends.op import using
+from moe_ep.backends.call import using
 from moe_ep.checkpoint import Checkpoint
 from moe_ep.comm import Alone
 from moe_ep.fused import fused_moe_mxfp4

@@ -13,7 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from moe_ep import tables
-from moe_ep.backends.op import Shape, SingleOp, config_of, gemms_of, op_of
+from moe_ep.backends.call import Shape, config_of
+from moe_ep.backends.gemms import gemms_of
+from moe_ep.backends.op import SingleOp, op_of
 from moe_ep.backends.target import Target
 from moe_ep.bench.cases import SHAPES, RankShape
 from moe_ep.kernels.bound import BoundLaunch

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_ep import fused_moe_mxfp4, workspace
-from moe_ep.backends.op import using
+from moe_ep.backends.call import using
 from moe_ep.fused import fused_moe_mxfp4_by_columns
 from moe_ep.kernels.launch import Gemm, Kernel, LaunchConfig, fit
 from tests.moe_ep.experts import Experts, Tokens, _partial, by_formula, make_experts, make_tokens, relative_error

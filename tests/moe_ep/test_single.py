@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from moe_ep import fused_moe_mxfp4, workspace
-from moe_ep.backends.op import op_of, using
+from moe_ep.backends.call import using
+from moe_ep.backends.op import op_of
 from moe_ep.fused import fused_moe_mxfp4_by_columns
 from moe_ep.kernels.launch import Gemm, LaunchConfig, fit
 from tests.gfx942.driver import Chip, emulated

@@ -1,0 +1,117 @@
+"""The launches of both grouped GEMMs, by the configuration of a call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+
+from moe_ep.backends.call import Shape
+from moe_ep.kernels.bound import BoundLaunch
+from moe_ep.kernels.down import down_kernel
+from moe_ep.kernels.gate_up import gate_up_kernel
+from moe_ep.kernels.launch import Gemm, LaunchConfig
+
+GemmLaunch = Callable[..., None]
+"""A `BoundLaunch`, or a `kernels.boxes.BoxedLaunch`, which is imported only where Gluon runs."""
+_Gemms = tuple[GemmLaunch, GemmLaunch]
+_TWO_WAVES: dict[str, Any] = {"waves_per_eu": 2}
+"""With two waves a SIMD in view the compiler keeps MFMA's sums in vector registers, where they are scaled; else it puts
+them in accumulation registers and copies each out, half an operation a weight."""
+_GATHERING, _COPYING = (224, 56), (240, 24)
+"""Registers of a warpgroup kernel's threads, of those that multiply and of those that copy: the latter keep a row for
+each of the pieces that they gather, or nothing."""
+
+
+def cdna3_launch(kernel: Any, blocks: int, rows: int, gemm: Gemm, constants: dict[str, Any]) -> BoundLaunch:
+    """A kernel for CDNA3 alone: a multiple of the XCDs for each block or route (`kernels.cdna3.tile_of`)."""
+    xcds = constants["XCDS"]
+    programs = blocks * triton.cdiv(rows // gemm.block_n, xcds) * xcds
+    own = {**constants, "BLOCK_N": gemm.block_n, "SLICES": gemm.slices, "STAGES": gemm.stages}
+    return BoundLaunch(kernel, programs, own, warps=gemm.warps, stages=gemm.stages, **_TWO_WAVES)
+
+
+def gemms_of(shape: Shape, config: LaunchConfig, blocks: int) -> _Gemms:
+    common = {"HIDDEN": shape.hidden, "INTER": shape.inner, "BLOCK_M": config.block_m}
+    gate_up: dict[str, Any] = {
+        **common,
+        "TOP_K": shape.top_k,
+        "HAS_BIAS": shape.biased[0],
+        "HAS_LIMIT": shape.limited,
+        "BLOCK_N": config.gate_up.block_n,
+    }
+    down: dict[str, Any] = {**common, "HAS_BIAS": shape.biased[1], "BLOCK_N": config.down.block_n}
+    if config.kernel == "tile":
+        own = {"DECODE": "ptx" if shape.target.backend == "cuda" else "bits"}
+        return (
+            _gemm(gate_up_kernel, blocks, shape.inner, config.gate_up, gate_up | own),
+            _gemm(down_kernel, blocks, shape.hidden, config.down, down | own | {"WEIGHTED_H": shape.rounds}),
+        )
+    xcds = {"XCDS": shape.target.xcds}
+    if shape.fp8:
+        from moe_ep.kernels.stream_fp8 import down_stream_fp8, gate_up_stream_fp8
+
+        return (
+            cdna3_launch(gate_up_stream_fp8, blocks, shape.inner, config.gate_up, gate_up | xcds),
+            cdna3_launch(down_stream_fp8, blocks, shape.hidden // 2, config.down, down | xcds),
+        )
+    if config.kernel == "cdna3":
+        from moe_ep.kernels.cdna3 import down_cdna3, gate_up_cdna3
+
+        return (
+            cdna3_launch(gate_up_cdna3, blocks, shape.inner, config.gate_up, gate_up | xcds),
+            cdna3_launch(down_cdna3, blocks, shape.hidden // 2, config.down, down | xcds),
+        )
+    gate_up |= {"PDL": shape.target.pdl, "STAGES": config.gate_up.stages}
+    down |= {"PDL": shape.target.pdl, "STAGES": config.down.stages}
+    # Gluon is imported only where it runs: the interpreter has none, and only some devices have these kernels.
+    if config.kernel == "warpgroup":
+        return _warpgroup(shape, config, blocks, gate_up, down)
+    from moe_ep.kernels.stream import down_stream as down_gluon
+    from moe_ep.kernels.stream import gate_up_stream as gate_up_gluon
+
+    gate_up |= {"CDNA": shape.target.backend == "hip", "SLICES": config.gate_up.slices}
+    down |= {"CDNA": shape.target.backend == "hip", "SLICES": config.down.slices}
+    two_waves = bool(gate_up["CDNA"])
+    return (
+        _gemm(gate_up_gluon, blocks, shape.inner, config.gate_up, gate_up, two_waves),
+        _gemm(down_gluon, blocks, shape.hidden // 2, config.down, down, two_waves),
+    )
+
+
+def _warpgroup(
+    shape: Shape, config: LaunchConfig, blocks: int, gate_up: dict[str, Any], down: dict[str, Any]
+) -> _Gemms:
+    """As many programs as the device has at once, each of which makes tiles in turn."""
+    from moe_ep.kernels.boxes import BoxedLaunch
+    from moe_ep.kernels.pipe import BOXES
+    from moe_ep.kernels.warpgroup import down_warpgroup, gate_up_warpgroup
+
+    def launch(
+        kernel: Any, rows: int, gemm: Gemm, constants: dict[str, Any], registers: tuple[int, int]
+    ) -> BoundLaunch:
+        programs = min(blocks * (rows // gemm.block_n), shape.target.processors)
+        own = {"blocks": blocks, "REGISTERS": registers[0], "LOADER_REGISTERS": registers[1]}
+        return BoundLaunch(
+            kernel, programs, constants | own, warps=gemm.warps, stages=gemm.stages, pdl=constants["PDL"]
+        )
+
+    first = launch(gate_up_warpgroup, shape.inner, config.gate_up, gate_up, _GATHERING)
+    second = launch(down_warpgroup, shape.hidden // 2, config.down, down, _COPYING)
+    return (
+        BoxedLaunch(first, 2, config.gate_up.block_n),
+        BoxedLaunch(second, 1, config.down.block_n, config.block_m // BOXES.value),
+    )
+
+
+def _gemm(
+    kernel: Any,
+    blocks: int,
+    rows: int,
+    gemm: Gemm,
+    constants: dict[str, Any],
+    two_waves: bool = False,
+) -> BoundLaunch:
+    programs = blocks * triton.cdiv(rows, gemm.block_n)
+    options = _TWO_WAVES if two_waves else {}
+    pdl = bool(constants.get("PDL"))
+    return BoundLaunch(kernel, programs, constants, warps=gemm.warps, stages=gemm.stages, pdl=pdl, **options)
