@@ -25,12 +25,14 @@ class RoutePlan:
 
     route: int32 [R], route numbers m·k + slot sorted by local expert, the order within one kept; as many are written as
     there are local routes. block_expert, block_start, block_end: int32 [B], with block_expert = −1 past the last block.
+    state: int32 [2 + B], what programs count in that share out the blocks' tiles (`kernels.experts`).
     """
 
     route: Tensor
     block_expert: Tensor
     block_start: Tensor
     block_end: Tensor
+    state: Tensor
 
     @property
     def blocks(self) -> int:
@@ -58,7 +60,7 @@ class Planner:
             self.count(topk_ids, mapped, self.counts, x, shifted, routes, self.known, elements)
         self.place(
             *(topk_ids, mapped, self.counts, plan.route, plan.block_expert, plan.block_start, plan.block_end),
-            *(x, shifted, routes, self.known, plan.blocks, elements),
+            *(plan.state, x, shifted, routes, self.known, plan.blocks, elements),
         )
 
 
@@ -74,6 +76,7 @@ def plan_parts(
         "block_expert": ((blocks,), torch.int32),
         "block_start": ((blocks,), torch.int32),
         "block_end": ((blocks,), torch.int32),
+        "state": ((2 + blocks,), torch.int32),
     }
     return {**parts, "shifted": ((tokens, hidden), torch.bfloat16)} if shifts else parts
 
@@ -86,7 +89,7 @@ def planner(
     The number of blocks is a bound that depends on shapes only, so the launches need no number from the device and
     can be captured in a graph.
     """
-    plan = RoutePlan(*(parts[name] for name in ("route", "block_expert", "block_start", "block_end")))
+    plan = RoutePlan(*(parts[name] for name in ("route", "block_expert", "block_start", "block_end", "state")))
     shifted = parts.get("shifted")
     shifts = 0 if shifted is None else triton.cdiv(shifted.numel(), _SHIFT_BLOCK)
     tiles, width = parts["counts"].shape

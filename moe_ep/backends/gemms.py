@@ -11,6 +11,8 @@ from moe_ep.kernels.down import down_kernel
 from moe_ep.kernels.gate_up import gate_up_kernel
 from moe_ep.kernels.launch import Gemm, LaunchConfig
 
+BothLaunch = Callable[..., None]
+"""A `kernels.boxes.BoxedOp`."""
 GemmLaunch = Callable[..., None]
 """A `BoundLaunch`, or a `kernels.boxes.BoxedLaunch`, which is imported only where Gluon runs."""
 _Gemms = tuple[GemmLaunch, GemmLaunch]
@@ -76,6 +78,38 @@ def gemms_of(shape: Shape, config: LaunchConfig, blocks: int) -> _Gemms:
         _gemm(gate_up_gluon, blocks, shape.inner, config.gate_up, gate_up, two_waves),
         _gemm(down_gluon, blocks, shape.hidden // 2, config.down, down, two_waves),
     )
+
+
+def both_of(shape: Shape, config: LaunchConfig, blocks: int) -> BothLaunch | None:
+    """Both GEMMs in one launch, where there is a kernel that makes them so and their tiles are alike."""
+    if config.kernel != "warpgroup" or config.gate_up != config.down:
+        return None
+    from moe_ep.kernels.boxes import BoxedOp
+    from moe_ep.kernels.experts import experts_warpgroup
+    from moe_ep.kernels.pipe import BOXES
+
+    gemm = config.gate_up
+    registers, loader_registers = _GATHERING
+    constants = {
+        "TOP_K": shape.top_k,
+        "HIDDEN": shape.hidden,
+        "INTER": shape.inner,
+        "HAS_B13": shape.biased[0],
+        "HAS_B2": shape.biased[1],
+        "HAS_LIMIT": shape.limited,
+        "PDL": shape.target.pdl,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": gemm.block_n,
+        "STAGES": gemm.stages,
+        "REGISTERS": registers,
+        "LOADER_REGISTERS": loader_registers,
+    }
+    tiles = blocks * max(shape.inner // gemm.block_n, shape.hidden // (2 * gemm.block_n))
+    programs = min(tiles, shape.target.processors)
+    launch = BoundLaunch(
+        experts_warpgroup, programs, constants, warps=gemm.warps, stages=gemm.stages, pdl=shape.target.pdl
+    )
+    return BoxedOp(launch, gemm.block_n, config.block_m // BOXES.value)
 
 
 def _warpgroup(

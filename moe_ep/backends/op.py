@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_ep import workspace
 from moe_ep.backends.call import Shape, config_of
-from moe_ep.backends.gemms import GemmLaunch, cdna3_launch, gemms_of
+from moe_ep.backends.gemms import BothLaunch, GemmLaunch, both_of, cdna3_launch, gemms_of
 from moe_ep.dispatch import Planner, plan_parts, planner
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.down import combine_kernel
@@ -36,6 +36,8 @@ class Op:
     plan: Planner
     gate_up: GemmLaunch
     down: GemmLaunch
+    both: BothLaunch | None
+    """Instead of the two, where they are not cut."""
     combine: BoundLaunch
     combine_weighs: bool
     """Whether combine multiplies by the routing weights, and not down."""
@@ -116,11 +118,12 @@ def op_of(shape: Shape) -> Op | RouteOp | SingleOp:
         pdl=pdl,
     )
     gate_up, down = gemms_of(shape, config, plan.plan.blocks)
+    both = both_of(shape, config, plan.plan.blocks)
     rounds = None
     if shape.rounds:
         sizes = (shape.hidden, shape.inner, plan.plan.blocks, config.block_m)
         rounds = rounder(parts, *sizes, native=shape.fp8)
-    return Op(plan, gate_up, down, _combine(shape, raw), raw, parts["h"], parts["y"], rounds)
+    return Op(plan, gate_up, down, both, _combine(shape, raw), raw, parts["h"], parts["y"], rounds)
 
 
 def _combine(shape: Shape, weighs: bool) -> BoundLaunch:

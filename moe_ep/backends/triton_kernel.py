@@ -50,6 +50,9 @@ def experts(
             _by_route(op, inputs, out)
             return
         op.plan(x, topk_ids, expert_map)
+        if op.both is not None:
+            _both_gemms(op, inputs, out)
+            return
         _first_gemm(op, inputs)
         _second_gemm(op, inputs, op.down, op.combine, op.y, op.plan.plan.block_expert, out)
 
@@ -163,6 +166,16 @@ def _by_route(op: RouteOp, inputs: _Inputs, out: Tensor) -> None:
     op.gate_up(rounds.x, rounds.x_scale, *w13, inputs.topk_weights, op.h, *inputs.routes, inputs.limit)
     rounds.round_local(op.h, *inputs.routes)
     op.down(rounds.h, rounds.h_scale, *w2, inputs.topk_weights, out, *inputs.routes)
+
+
+def _both_gemms(op: Op, inputs: _Inputs, out: Tensor) -> None:
+    """y of the planned routes, and out of y."""
+    assert op.both is not None
+    plan = op.plan.plan
+    blocks = (plan.route, plan.block_expert, plan.block_start, plan.block_end, plan.state)
+    w13, w2 = (inputs.w13, inputs.s13, inputs.b13), (inputs.w2, inputs.s2, inputs.b2)
+    op.both(inputs.x, w13, op.h, w2, op.y, *blocks, inputs.limit)
+    op.combine(op.y, *inputs.routes[:2], inputs.topk_weights, out, inputs.known)
 
 
 def _first_gemm(op: Op, inputs: _Inputs) -> None:

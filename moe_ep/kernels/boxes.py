@@ -36,6 +36,25 @@ class BoxedLaunch:
 
 
 @dataclass(frozen=True)
+class BoxedOp:
+    """Launches of a kernel that makes h of w13 and y of h and w2, each of them as descriptors."""
+
+    launch: BoundLaunch
+    box_rows: int
+    x_box_rows: int
+
+    def __call__(
+        self, x: Tensor, w13: tuple[Tensor, ...], h: Tensor, w2: tuple[Tensor, ...], y: Tensor, *args: Any
+    ) -> None:
+        """Weights are words, scales and bias; the other arguments as `BoundLaunch`."""
+        (words13, scales13, b13), (words2, scales2, b2) = w13, w2
+        self.launch(
+            *(x, *weights(words13, scales13, 2, self.box_rows), b13, h, activations(h, self.x_box_rows)),
+            *(*weights(words2, scales2, 1, self.box_rows), b2, y, *args),
+        )
+
+
+@dataclass(frozen=True)
 class _Memory:
     """A tensor's place. Descriptors hold no tensor, so that keeping one keeps no memory."""
 

@@ -127,6 +127,14 @@ def _view(buffer, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr
 
 
 @gluon.jit
+def _box_of(buffer, desc):
+    """The same memory as a box of that descriptor: one for w13 and one for w2 hold as much."""
+    shape: gl.constexpr = desc.block_type.shape
+    layout: gl.constexpr = desc.layout
+    return _view(buffer, desc.dtype, shape, layout)
+
+
+@gluon.jit
 def open_pipe(words_desc, scales_desc, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constexpr):
     """For each stage: activations, words and scales in the copy engine's boxes, and two barriers.
 
@@ -156,6 +164,12 @@ def expect(pipe, index, BYTES: gl.constexpr, pred, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def vouch(pipe, index, STAGES: gl.constexpr):
+    """Arrive for those who fill nothing of the index-th group."""
+    mbarrier.arrive(pipe[3].index(index % STAGES), count=1)
+
+
+@gluon.jit
 def fill_weights(
     pipe, words_desc, scales_desc, place, group, index, WARPGROUP: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
@@ -164,8 +178,8 @@ def fill_weights(
     ready = pipe[3].index(stage)
     words = pipe[1].index(stage * WARPGROUPS + WARPGROUP)
     scales = pipe[2].index(stage * WARPGROUPS + WARPGROUP)
-    _copy_box(words_desc, place + (group, 0, 0), ready, words)
-    _copy_box(scales_desc, place + (group, 0), ready, scales)
+    _copy_box(words_desc, place + (group, 0, 0), ready, _box_of(words, words_desc))
+    _copy_box(scales_desc, place + (group, 0), ready, _box_of(scales, scales_desc))
 
 
 @gluon.jit

@@ -70,6 +70,7 @@ def place_kernel(
     block_expert_ptr,  # out: int32 [blocks]: local row of each block, −1 past the last
     block_start_ptr,  # out: int32 [blocks]: its first position in the sorted routes
     block_end_ptr,  # out: int32 [blocks]: one past its last
+    state_ptr,  # out: int32 [2 + blocks]: 0, the blocks that there are, a 0 for each: for `kernels.experts`
     x_ptr,  # as in count_kernel, read if ALONE
     shifted_ptr,  # out: as in count_kernel, written if ALONE
     routes,
@@ -136,7 +137,12 @@ def place_kernel(
         own = (expert[:, None] == row[None, :]).to(tl.int32)
         begin = tl.sum(own * (first - (last - used) * BLOCK_M)[None, :], 1) + block * BLOCK_M
         end = tl.minimum(begin + BLOCK_M, tl.sum(own * (first + counts)[None, :], 1))
-        exists = block < tl.sum(used, 0)
+        existing = tl.sum(used, 0)
+        exists = block < existing
+        if program == tiles:
+            tl.store(state_ptr, 0)
+            tl.store(state_ptr + 1, existing)
+        tl.store(state_ptr + 2 + block, 0, mask=block < blocks)
         tl.store(block_expert_ptr + block, tl.where(exists, expert, -1), mask=block < blocks)
         tl.store(block_start_ptr + block, begin, mask=exists & (block < blocks))
         tl.store(block_end_ptr + block, end, mask=exists & (block < blocks))

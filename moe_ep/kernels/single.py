@@ -9,7 +9,6 @@ A program that waits, waits for tickets before its own, which programs that run 
 does, it goes on.
 """
 
-from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -23,23 +22,13 @@ from moe_ep.kernels.stream import (
     turn,
     weight_pointers,
 )
+from moe_ep.kernels.tickets import await_count, barrier, count_later, lane_count, value
 
 # Places in the memory that is zero before and after each op: the next ticket, the programs that are done, then for each
 # expert that is hit its tiles of gate and up that are made, then for each tile of features the experts that are done.
 _TICKET = gl.constexpr(0)
 _DONE = gl.constexpr(1)
 _MADE = gl.constexpr(2)
-
-
-@constexpr_function
-def _lanes(CDNA):
-    return 64 if CDNA else 32
-
-
-@constexpr_function
-def _later_ptx(SEM):
-    lines = "setp.eq.s32 first, $1, 0;", "mov.b32 $0, 0;", f"@first atom.{SEM}.gpu.global.add.u32 $0, [$2], 1;"
-    return "\n".join(["{", ".reg .pred first;", *lines, "}"])
 
 
 @gluon.jit
@@ -62,7 +51,7 @@ def _hit_experts(
     int32 [BLOCK_R] each; the first is −1 for remote routes, the last counts only for first routes and is −1 elsewhere.
     """
     warps: gl.constexpr = gl.num_warps()
-    lanes: gl.constexpr = _lanes(CDNA)
+    lanes: gl.constexpr = lane_count(CDNA)
     pairs: gl.constexpr = gl.BlockedLayout([1, 8], [4, lanes // 4], [warps, 1], [1, 0])
     i = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, pairs))
     j = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, pairs))
@@ -79,34 +68,6 @@ def _hit_experts(
         gl.convert_layout(first, flat),
         gl.convert_layout(gl.where(leads, before, -1), flat),
     )
-
-
-@gluon.jit
-def _count_later(counter_ptr, SEM: gl.constexpr, CDNA: gl.constexpr):
-    """Add 1 to a counter, once; what `_value` makes of it is what the counter was before.
-
-    The trick: an atomic of Triton's waits for its value at once. Here one lane's register is to have it. To
-    acquire empties the first-level cache, in which the activations are: not while gate and up are made.
-    """
-    threads: gl.constexpr = gl.num_warps() * _lanes(CDNA)
-    layout: gl.constexpr = gl.BlockedLayout([1], [_lanes(CDNA)], [gl.num_warps()], [0])
-    lane = gl.arange(0, threads, layout=layout)
-    if CDNA:
-        return gl.atomic_add(counter_ptr, 1, sem=SEM, scope="gpu") + 0 * lane
-    address = counter_ptr.to(gl.int64) + gl.zeros([threads], gl.int64, layout=layout)
-    return gl.inline_asm_elementwise(_later_ptx(SEM), "=r,r,l", [lane, address], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _value(later):
-    return gl.max(later, 0)
-
-
-@gluon.jit
-def _await(counter_ptr, count):
-    """Wait until a counter has come that far, and see what was stored before."""
-    while gl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < count:
-        pass
 
 
 @gluon.jit
@@ -207,7 +168,7 @@ def _combine_tile(
 ):  # fmt: skip
     """BLOCK_H features of all tokens: their routes in the order of their slots, remote ones left out."""
     rows, firsts, _places = experts
-    layout: gl.constexpr = gl.BlockedLayout([1, 2], [_lanes(CDNA) // 16, 16], [gl.num_warps(), 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 2], [lane_count(CDNA) // 16, 16], [gl.num_warps(), 1], [1, 0])
     m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
     n = number * BLOCK_H + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(0, layout))
     acc = gl.zeros([BLOCK_M, BLOCK_H], gl.float32, layout=layout)
@@ -266,12 +227,12 @@ def experts_single(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    taken = _count_later(state_ptr + _TICKET, "relaxed", CDNA)
+    taken = count_later(state_ptr + _TICKET, "relaxed", CDNA)
     experts = _hit_experts(ids_ptr, map_ptr, tokens * TOP_K, known, LOCAL, HAS_MAP, CDNA, BLOCK_R)
     hit = gl.max(experts[2], 0) + 1
     features_ptr = state_ptr + _MADE + BLOCK_R
     tickets = hit * (up_tiles + down_tiles)
-    ticket = _value(taken)
+    ticket = value(taken)
     column = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, gl.SliceLayout(1, right)))
     zero = gl.zeros([SLICES, BLOCK_N, BLOCK_M], gl.float32, layout=mma)
     # Who has no tile fetches weights of one that exists, also where no expert is hit.
@@ -281,10 +242,10 @@ def experts_single(
     last_number = -1  # of the tile of features whose counter this program has added to last
     counted = taken
     while ticket < tickets:
-        taken = _count_later(state_ptr + _TICKET, "relaxed", CDNA)
+        taken = count_later(state_ptr + _TICKET, "relaxed", CDNA)
         up, place, number, _expert, first, takers = tile
         if not up:
-            _await(state_ptr + _MADE + place, up_tiles)
+            await_count(state_ptr + _MADE + place, up_tiles)
         steps = HIDDEN // (128 * SLICES) if up else INTER // (128 * SLICES)
         width = HIDDEN if up else INTER
         # Columns of other tokens repeat one of those, so that nothing is read for them.
@@ -299,7 +260,7 @@ def experts_single(
                 accs, weights, x, here, here + STAGES * 128, words + ahead * 512, fields + ahead * 16, zero, far,
                 STAGES, CDNA, False, True,
             )  # fmt: skip
-        ticket = _value(taken)
+        ticket = value(taken)
         following = _tile_of(gl.minimum(ticket, tickets - 1), hit, experts, TOP_K, up_tiles, down_tiles)
         words, fields, far = _weights_of(
             following, w13_ptr, s13_ptr, w2_ptr, s2_ptr, HIDDEN, INTER, BLOCK_N, SLICES, mma
@@ -312,29 +273,29 @@ def experts_single(
                 sums, h_ptr, b13_ptr, tile, tokens, limit,
                 HIDDEN, INTER, HAS_B13, HAS_LIMIT, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            gl.thread_barrier()
+            barrier()
             gl.atomic_add(state_ptr + _MADE + place, 1, sem="release", scope="gpu")
         else:
             _store_y(sums, y_ptr, b2_ptr, tile, tokens, HIDDEN, INTER, HAS_B2, BLOCK_M, BLOCK_N)
-            gl.thread_barrier()
-            if (last_number >= 0) & (_value(counted) == hit - 1):
+            barrier()
+            if (last_number >= 0) & (value(counted) == hit - 1):
                 _combine_tile(
                     y_ptr, weight_ptr, out_ptr, experts, last_number, tokens, TOP_K, HIDDEN, CDNA, BLOCK_M, 2 * BLOCK_N
                 )
-            counted = _count_later(features_ptr + number, "acq_rel", CDNA)
+            counted = count_later(features_ptr + number, "acq_rel", CDNA)
             last_number = number
         tile = following
-    if (last_number >= 0) & (_value(counted) == hit - 1):
+    if (last_number >= 0) & (value(counted) == hit - 1):
         _combine_tile(
             y_ptr, weight_ptr, out_ptr, experts, last_number, tokens, TOP_K, HIDDEN, CDNA, BLOCK_M, 2 * BLOCK_N
         )
     if hit == 0:  # every route is remote
         for i in range(gl.program_id(0), down_tiles, PROGRAMS):
             _combine_tile(y_ptr, weight_ptr, out_ptr, experts, i, tokens, TOP_K, HIDDEN, CDNA, BLOCK_M, 2 * BLOCK_N)
-    if _value(_count_later(state_ptr + _DONE, "acq_rel", CDNA)) == PROGRAMS - 1:
+    if value(count_later(state_ptr + _DONE, "acq_rel", CDNA)) == PROGRAMS - 1:
         size: gl.constexpr = _MADE + BLOCK_R + down_tiles
-        line: gl.constexpr = gl.BlockedLayout([1], [_lanes(CDNA)], [gl.num_warps()], [0])
-        at_once: gl.constexpr = gl.num_warps() * _lanes(CDNA)
+        line: gl.constexpr = gl.BlockedLayout([1], [lane_count(CDNA)], [gl.num_warps()], [0])
+        at_once: gl.constexpr = gl.num_warps() * lane_count(CDNA)
         for begin in range(0, size, at_once):
             counter = begin + gl.arange(0, at_once, layout=line)
             gl.store(state_ptr + counter, gl.zeros([at_once], gl.int32, layout=line), mask=counter < size)

@@ -54,26 +54,35 @@ def _tokens(route_ptr, block, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
+def gather_tile(
+    x_ptr, route_ptr, pipe, block, first,
+    TOP_K: gl.constexpr, HIDDEN: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy the activations of a tile of gate and up, whose first group is the first-th."""
+    copies: gl.constexpr = COPIES
+    inside = block[1] + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copies)) < block[2]
+    rows = _tokens(route_ptr, block, TOP_K, BLOCK_M) * (HIDDEN // 128)
+    for group in range(HIDDEN // 128):
+        wait_free(pipe, first + group, STAGES)
+        fill_rows(pipe, x_ptr, rows, inside, group, first + group, STAGES)
+
+
+@gluon.jit
 def _load_x(
     x_ptr, plan, blocks, pipe,
     TOP_K: gl.constexpr, HIDDEN: gl.constexpr, N_TILES: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy the activations of all tiles of this program."""
-    copies: gl.constexpr = COPIES
     step = gl.num_programs(0)
     tile = gl.program_id(0)
     index = 0
     block = _block(plan, blocks, tile, N_TILES)
     while block[0] >= 0:
-        inside = block[1] + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copies)) < block[2]
-        rows = _tokens(plan[0], block, TOP_K, BLOCK_M) * (HIDDEN // 128)
         following = _block(plan, blocks, tile + step, N_TILES)
-        for group in range(HIDDEN // 128):
-            wait_free(pipe, index, STAGES)
-            fill_rows(pipe, x_ptr, rows, inside, group, index, STAGES)
-            index += 1
+        gather_tile(x_ptr, plan[0], pipe, block, index, TOP_K, HIDDEN, BLOCK_M, STAGES)
         block = following
         tile += step
+        index += HIDDEN // 128
     hand_over_last(pipe, index, STAGES)
 
 
@@ -146,20 +155,33 @@ def _gate_up(
     block = _block(plan, blocks, tile, n_tiles)
     while block[0] >= 0:
         following = _block(plan, blocks, tile + step, n_tiles)
-        routes = block[2] - block[1]
-        for i in gl.static_range(width_count(BLOCK_M)):
-            if (routes > width(BLOCK_M, i - 1)) & (routes <= width(BLOCK_M, i)):
-                _gate_up_tile(
-                    bias_ptr, h_ptr, limit, pipe, index, block, tile % n_tiles * BLOCK_N,
-                    WARPGROUP, HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_N, width(BLOCK_M, i), STAGES,
-                )  # fmt: skip
+        gate_up_tile(
+            bias_ptr, h_ptr, limit, pipe, index, block, tile % n_tiles * BLOCK_N,
+            WARPGROUP, HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_M, BLOCK_N, STAGES,
+        )  # fmt: skip
         block = following
         tile += step
         index += HIDDEN // 128
 
 
 @gluon.jit
-def _gate_up_tile(
+def gate_up_tile(
+    bias_ptr, h_ptr, limit, pipe, index, block, n_first,
+    WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_LIMIT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup's half of a tile, whose first group is the index-th, by as few columns as its routes take."""
+    routes = block[2] - block[1]
+    for i in gl.static_range(width_count(BLOCK_M)):
+        if (routes > width(BLOCK_M, i - 1)) & (routes <= width(BLOCK_M, i)):
+            _gate_up_columns(
+                bias_ptr, h_ptr, limit, pipe, index, block, n_first,
+                WARPGROUP, HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_N, width(BLOCK_M, i), STAGES,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _gate_up_columns(
     bias_ptr, h_ptr, limit, pipe, index, block, n_first,
     WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_LIMIT: gl.constexpr, BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
@@ -214,20 +236,33 @@ def _down(
     block = _block(plan, blocks, tile, n_tiles)
     while block[0] >= 0:
         following = _block(plan, blocks, tile + step, n_tiles)
-        routes = block[2] - block[1]
-        for i in gl.static_range(width_count(BLOCK_M)):
-            if (routes > width(BLOCK_M, i - 1)) & (routes <= width(BLOCK_M, i)):
-                _down_tile(
-                    bias_ptr, y_ptr, plan[0], pipe, index, block, tile % n_tiles * (2 * BLOCK_N),
-                    WARPGROUP, HIDDEN, INTER, HAS_BIAS, BLOCK_N, width(BLOCK_M, i), STAGES,
-                )  # fmt: skip
+        down_tile(
+            bias_ptr, y_ptr, plan[0], pipe, index, block, tile % n_tiles * (2 * BLOCK_N),
+            WARPGROUP, HIDDEN, INTER, HAS_BIAS, BLOCK_M, BLOCK_N, STAGES,
+        )  # fmt: skip
         block = following
         tile += step
         index += INTER // 128
 
 
 @gluon.jit
-def _down_tile(
+def down_tile(
+    bias_ptr, y_ptr, route_ptr, pipe, index, block, n_first,
+    WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As `gate_up_tile`."""
+    routes = block[2] - block[1]
+    for i in gl.static_range(width_count(BLOCK_M)):
+        if (routes > width(BLOCK_M, i - 1)) & (routes <= width(BLOCK_M, i)):
+            _down_columns(
+                bias_ptr, y_ptr, route_ptr, pipe, index, block, n_first,
+                WARPGROUP, HIDDEN, INTER, HAS_BIAS, BLOCK_N, width(BLOCK_M, i), STAGES,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _down_columns(
     bias_ptr, y_ptr, route_ptr, pipe, index, block, n_first,
     WARPGROUP: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, HAS_BIAS: gl.constexpr,
     BLOCK_N: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,

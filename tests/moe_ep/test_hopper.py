@@ -11,18 +11,19 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_ep import tables
 from moe_ep.backends.call import Shape, config_of
-from moe_ep.backends.gemms import gemms_of
+from moe_ep.backends.gemms import both_of, gemms_of
 from moe_ep.backends.op import SingleOp, op_of
 from moe_ep.backends.target import Target
 from moe_ep.bench.cases import SHAPES, RankShape
 from moe_ep.kernels.bound import BoundLaunch
-from moe_ep.kernels.boxes import BoxedLaunch, activations, weights
+from moe_ep.kernels.boxes import BoxedLaunch, BoxedOp, activations, weights
 from moe_ep.kernels.launch import fit
 
-Launch = BoundLaunch | BoxedLaunch
+Launch = BoundLaunch | BoxedLaunch | BoxedOp
 SHARED_BYTES = 227 * 1024  # that a program may have
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NVDISASM = CUOBJDUMP.with_name("nvdisasm")
@@ -35,26 +36,37 @@ assert TABLE is not None
 REGIMES = {f"{regime.config.kernel}-{regime.rows:g}": regime.config for regime in TABLE.regimes}
 
 
-def boxes(launch: BoxedLaunch) -> dict[str, str]:
+def boxes(launch: BoxedLaunch | BoxedOp) -> dict[str, str]:
     """The types of its descriptors, which depend on boxes alone."""
     sizes = launch.launch.constants
-    rows = 2 * sizes["INTER"] if launch.matrices == 2 else sizes["HIDDEN"]
-    words, scales = (torch.empty(1, rows, 128, dtype=dtype, device="meta") for dtype in (torch.uint16, torch.uint32))
-    found = dict(zip(("words", "scales"), weights(words, scales, launch.matrices, launch.box_rows), strict=True))
+    if isinstance(launch, BoxedOp):
+        found = {f"w13_{name}": box for name, box in _weight_boxes(2 * sizes["INTER"], 2, launch.box_rows).items()}
+        found |= {f"w2_{name}": box for name, box in _weight_boxes(sizes["HIDDEN"], 1, launch.box_rows).items()}
+    else:
+        rows = 2 * sizes["INTER"] if launch.matrices == 2 else sizes["HIDDEN"]
+        found = _weight_boxes(rows, launch.matrices, launch.box_rows)
     if launch.x_box_rows:
         found["rows"] = activations(torch.empty(64, 128, dtype=torch.bfloat16, device="meta"), launch.x_box_rows)
     kinds = {"words": "u16", "scales": "u32", "rows": "bf16"}
-    return {f"{name}_desc": f"tensordesc<{kinds[name]}{box.block_shape},{box.layout!r}>" for name, box in found.items()}
+    return {
+        f"{name}_desc": f"tensordesc<{kinds[name.split('_')[-1]]}{box.block_shape},{box.layout!r}>"
+        for name, box in found.items()
+    }
+
+
+def _weight_boxes(rows: int, matrices: int, box_rows: int) -> dict[str, TensorDescriptor]:
+    words, scales = (torch.empty(1, rows, 128, dtype=dtype, device="meta") for dtype in (torch.uint16, torch.uint32))
+    return dict(zip(("words", "scales"), weights(words, scales, matrices, box_rows), strict=True))
 
 
 def bound(launch: Launch) -> BoundLaunch:
-    return launch.launch if isinstance(launch, BoxedLaunch) else launch
+    return launch if isinstance(launch, BoundLaunch) else launch.launch
 
 
 def compiled(launch: Launch) -> Any:
     """The kernel for sm90, all pointers at multiples of 16."""
     signature, constants, aligned = {}, {}, {}
-    described = boxes(launch) if isinstance(launch, BoxedLaunch) else {}
+    described = {} if isinstance(launch, BoundLaunch) else boxes(launch)
     launch = bound(launch)
     for i, name in enumerate(launch.kernel.arg_names):
         if name in described:
@@ -122,7 +134,7 @@ def _shape(shape: RankShape, tokens: int) -> Shape:
 
 
 def launches(shape: RankShape, regime: str) -> tuple[Launch, ...]:
-    """Of gate and up and of down, or the one of an op."""
+    """Of gate and up, of down and perhaps of both, or the one of an op."""
     config = fit(REGIMES[regime], shape.hidden, shape.inner)
     assert config is not None
     if config.kernel == "single":
@@ -130,9 +142,11 @@ def launches(shape: RankShape, regime: str) -> tuple[Launch, ...]:
         assert isinstance(op, SingleOp)
         return (op.launch,)
     gate_up, down = gemms_of(_shape(shape, 64), config, 64)
+    both = both_of(_shape(shape, 64), config, 64)
     assert isinstance(gate_up, Launch)
     assert isinstance(down, Launch)
-    return gate_up, down
+    assert isinstance(both, BoxedOp | None)
+    return (gate_up, down) if both is None else (gate_up, down, both)
 
 
 @pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton came without NVIDIA's tools")
