@@ -94,6 +94,8 @@ def both_of(shape: Shape, config: LaunchConfig, blocks: int) -> BothLaunch | Non
         "TOP_K": shape.top_k,
         "HIDDEN": shape.hidden,
         "INTER": shape.inner,
+        "LOCAL": shape.local,
+        "HAS_MAP": shape.mapped,
         "HAS_B13": shape.biased[0],
         "HAS_B2": shape.biased[1],
         "HAS_LIMIT": shape.limited,

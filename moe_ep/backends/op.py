@@ -19,6 +19,7 @@ from moe_ep.order import TILE_ROWS
 from moe_ep.rounding import Rounder, local_rounder, rounder, rounding_parts
 
 _COMBINE_BLOCK = 1024
+_ROWS_AT_ONCE = 1024  # from as many tokens on a program combines a whole row of one, else a block of it
 _PROGRAMS = 3
 """Of the single kernel on a multiprocessor: as many as have room there."""
 _REGISTERS, _MOST_REGISTERS = 65536, 248  # of a multiprocessor, and of a thread
@@ -123,21 +124,24 @@ def op_of(shape: Shape) -> Op | RouteOp | SingleOp:
     if shape.rounds:
         sizes = (shape.hidden, shape.inner, plan.plan.blocks, config.block_m)
         rounds = rounder(parts, *sizes, native=shape.fp8)
-    return Op(plan, gate_up, down, both, _combine(shape, raw), raw, parts["h"], parts["y"], rounds)
+    combine = _combine(shape, raw, zeroed=both is not None)
+    return Op(plan, gate_up, down, both, combine, raw, parts["h"], parts["y"], rounds)
 
 
-def _combine(shape: Shape, weighs: bool) -> BoundLaunch:
+def _combine(shape: Shape, weighs: bool, *, zeroed: bool = False) -> BoundLaunch:
+    parts = triton.cdiv(shape.hidden, _COMBINE_BLOCK) if shape.tokens < _ROWS_AT_ONCE else 1
     constants = {
         "WEIGHS": weighs,
+        "ZEROED": zeroed,
         "LOCAL": shape.local,
         "HAS_MAP": shape.mapped,
         "HIDDEN": shape.hidden,
         "TOP_K": shape.top_k,
         "PDL": shape.target.pdl,
         "BLOCK_H": _COMBINE_BLOCK,
+        "PARTS": parts,
     }
-    programs = shape.tokens * triton.cdiv(shape.hidden, _COMBINE_BLOCK)
-    return BoundLaunch(combine_kernel, programs, constants, pdl=shape.target.pdl)
+    return BoundLaunch(combine_kernel, shape.tokens * parts, constants, pdl=shape.target.pdl)
 
 
 @lru_cache(maxsize=_KEPT_SHAPES)

@@ -174,8 +174,11 @@ def _both_gemms(op: Op, inputs: _Inputs, out: Tensor) -> None:
     plan = op.plan.plan
     blocks = (plan.route, plan.block_expert, plan.block_start, plan.block_end, plan.state)
     w13, w2 = (inputs.w13, inputs.s13, inputs.b13), (inputs.w2, inputs.s2, inputs.b2)
-    op.both(inputs.x, w13, op.h, w2, op.y, *blocks, inputs.limit)
-    op.combine(op.y, *inputs.routes[:2], inputs.topk_weights, out, inputs.known)
+    op.both(
+        *(inputs.x, w13, op.h, w2, op.y, *blocks, out, inputs.topk_ids, inputs.mapped),
+        *(inputs.x.shape[0], inputs.known, inputs.limit),
+    )
+    op.combine(op.y, inputs.topk_ids, inputs.mapped, inputs.topk_weights, out, inputs.known)
 
 
 def _first_gemm(op: Op, inputs: _Inputs) -> None:

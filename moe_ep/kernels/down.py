@@ -81,26 +81,34 @@ def combine_kernel(
     out_ptr,  # out: [M, HIDDEN]
     known,
     WEIGHS: tl.constexpr,  # the rows of y are not weighted yet
+    ZEROED: tl.constexpr,  # out is 0 already where a token has no local route
     LOCAL: tl.constexpr,
     HAS_MAP: tl.constexpr,
     HIDDEN: tl.constexpr,
     TOP_K: tl.constexpr,
     PDL: tl.constexpr,
-    BLOCK_H: tl.constexpr,  # hidden features
+    BLOCK_H: tl.constexpr,  # hidden features at a time
+    PARTS: tl.constexpr,  # of a row, a program each
 ):
     # The trick: a token's routes are added in the order of its slots by one program, so the sum is the same
     # in every run; remote slots were never written and are not read.
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    n_tiles: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H
-    token = (tl.program_id(0) // n_tiles).to(tl.int64)
-    n = tl.program_id(0) % n_tiles * BLOCK_H + tl.arange(0, BLOCK_H)
-    n_mask = n < HIDDEN
-    acc = tl.zeros((BLOCK_H,), dtype=tl.float32)
-    for slot in tl.static_range(TOP_K):
-        route = token * TOP_K + slot
-        row = local_row(ids_ptr, map_ptr, route, route >= 0, known, LOCAL, HAS_MAP)
-        y = tl.load(y_ptr + route * HIDDEN + n, mask=n_mask & (row >= 0), other=0.0).to(tl.float32)
-        acc += y * tl.load(weight_ptr + route) if WEIGHS else y
-    tl.store(out_ptr + token * HIDDEN + n, acc.to(out_ptr.dtype.element_ty), mask=n_mask)
+    token = (tl.program_id(0) // PARTS).to(tl.int64)
+    if ZEROED:
+        any_local = False
+        for slot in tl.static_range(TOP_K):
+            any_local |= local_row(ids_ptr, map_ptr, token * TOP_K + slot, token >= 0, known, LOCAL, HAS_MAP) >= 0
+        if not any_local:
+            return
+    for first in range(tl.program_id(0) % PARTS * BLOCK_H, HIDDEN, PARTS * BLOCK_H):
+        n = first + tl.arange(0, BLOCK_H)
+        n_mask = n < HIDDEN
+        acc = tl.zeros((BLOCK_H,), dtype=tl.float32)
+        for slot in tl.static_range(TOP_K):
+            route = token * TOP_K + slot
+            row = local_row(ids_ptr, map_ptr, route, route >= 0, known, LOCAL, HAS_MAP)
+            y = tl.load(y_ptr + route * HIDDEN + n, mask=n_mask & (row >= 0), other=0.0).to(tl.float32)
+            acc += y * tl.load(weight_ptr + route) if WEIGHS else y
+        tl.store(out_ptr + token * HIDDEN + n, acc.to(out_ptr.dtype.element_ty), mask=n_mask)

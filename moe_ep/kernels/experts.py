@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moe_ep.kernels.fragments import local_rows
 from moe_ep.kernels.pipe import (
     BOXES,
     WARPGROUPS,
@@ -24,7 +25,7 @@ from moe_ep.kernels.pipe import (
     wait_free,
     weight_bytes,
 )
-from moe_ep.kernels.ring import hear, open_ring, tell
+from moe_ep.kernels.ring import hear, hear_for_another, open_ring, tell
 from moe_ep.kernels.tickets import await_count, barrier, count_later, value
 from moe_ep.kernels.warpgroup import down_tile, gate_up_tile, gather_tile
 
@@ -101,6 +102,8 @@ def _take(
         )  # fmt: skip
         # Before anything that waits for this program's own tiles: who gathers hands over the last groups only then.
         tell(ring, following, turn)
+        if not up:  # who gathers had no more to hear
+            hear_for_another(ring, turn)
         tile = following
         turn += 1
         index += groups
@@ -136,10 +139,11 @@ def _fill(
 
 @gluon.jit
 def _gather(
-    x_ptr, route_ptr, pipe, ring,
-    TOP_K: gl.constexpr, HIDDEN: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    x_ptr, out_ptr, route_ptr, ids_ptr, map_ptr, tokens, known, pipe, ring,
+    TOP_K: gl.constexpr, HIDDEN: gl.constexpr, LOCAL: gl.constexpr, HAS_MAP: gl.constexpr,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy the activations of all tiles of gate and up, which come first."""
+    """Copy the activations of all tiles of gate and up, which come first; then write what is 0 of the result."""
     tile = hear(ring, 0)
     turn = 1
     while (tile[0] >= 0) & (tile[2] >= 0):
@@ -148,9 +152,28 @@ def _gather(
         tile = hear(ring, turn)
         turn += 1
     hand_over_last(pipe, (turn - 1) * (HIDDEN // 128), STAGES)
-    while tile[2] >= 0:
-        tile = hear(ring, turn)
-        turn += 1
+    _zero_remote(out_ptr, ids_ptr, map_ptr, tokens, known, TOP_K, HIDDEN, LOCAL, HAS_MAP)
+
+
+@gluon.jit
+def _zero_remote(
+    out_ptr, ids_ptr, map_ptr, tokens, known,
+    TOP_K: gl.constexpr, HIDDEN: gl.constexpr, LOCAL: gl.constexpr, HAS_MAP: gl.constexpr,
+):  # fmt: skip
+    """This program's share of the tokens that have no local route."""
+    layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
+    size: gl.constexpr = gl.num_warps() * 256
+    n = gl.arange(0, size, layout=layout)
+    zeros = gl.zeros([size], out_ptr.dtype.element_ty, layout=layout)
+    for token in range(gl.program_id(0), tokens, gl.num_programs(0)):
+        found = -1
+        for slot in gl.static_range(TOP_K):
+            row = local_rows(ids_ptr, map_ptr, token * TOP_K + slot, tokens > 0, known, LOCAL, HAS_MAP)
+            found = gl.maximum(found, row)
+        if found < 0:
+            row_ptr = out_ptr + token.to(gl.int64) * HIDDEN  # type: ignore[attr-defined]
+            for begin in range(0, HIDDEN, size):
+                gl.store(row_ptr + begin + n, zeros, mask=begin + n < HIDDEN)
 
 
 @gluon.jit
@@ -184,7 +207,7 @@ def _multiply(
         turn += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tokens", "known"])
 def experts_warpgroup(
     x_ptr,  # bf16 [M, HIDDEN]
     w13_words_desc,  # as in gate_up_warpgroup
@@ -201,10 +224,17 @@ def experts_warpgroup(
     block_start_ptr,  # int32 [blocks]: first position of the block
     block_end_ptr,  # int32 [blocks]: one past its last position
     state_ptr,  # int32 [2 + blocks], as the plan leaves it
+    out_ptr,  # out: [M, HIDDEN]: 0 where a token has no local route, else not written
+    ids_ptr,  # int [M·TOP_K]
+    map_ptr,  # int [known], read if HAS_MAP
+    tokens,  # M
+    known,
     limit,
     TOP_K: gl.constexpr,
     HIDDEN: gl.constexpr,  # a multiple of 128 and of 2·BLOCK_N
     INTER: gl.constexpr,  # a multiple of 128 and of BLOCK_N
+    LOCAL: gl.constexpr,
+    HAS_MAP: gl.constexpr,
     HAS_B13: gl.constexpr,
     HAS_B2: gl.constexpr,
     HAS_LIMIT: gl.constexpr,
@@ -238,7 +268,10 @@ def experts_warpgroup(
             (_take, (
                 rows_desc, w13_descs, w2_descs, plan, state_ptr, pipe, ring, HIDDEN, INTER, BLOCK_M, BLOCK_N, STAGES,
             )),
-            (_gather, (x_ptr, route_ptr, pipe, ring, TOP_K, HIDDEN, BLOCK_M, STAGES)),
+            (_gather, (
+                x_ptr, out_ptr, route_ptr, ids_ptr, map_ptr, tokens, known, pipe, ring,
+                TOP_K, HIDDEN, LOCAL, HAS_MAP, BLOCK_M, STAGES,
+            )),
         ],
         [4, 1, 2],
         [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],

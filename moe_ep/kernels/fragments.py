@@ -204,3 +204,13 @@ def shifted_pairs(x):
         is_pure=True,
         pack=2,
     )
+
+
+@gluon.jit
+def local_rows(ids_ptr, map_ptr, route, inside, known, LOCAL: gl.constexpr, HAS_MAP: gl.constexpr):
+    """`plan.local_row` in Gluon, of routes that all programs must see the same."""
+    wide = gl.load(ids_ptr + route, mask=inside, other=-1, cache_modifier=".cg")
+    exists = inside & (wide >= 0) & (wide < known)
+    expert = gl.where(exists, wide, 0).to(gl.int32)
+    row = gl.load(map_ptr + expert, mask=exists, other=-1).to(gl.int32) if HAS_MAP else expert
+    return gl.where(exists & (row < LOCAL), row, -1)

@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_ep.kernels.fragments import swiglu
+from moe_ep.kernels.fragments import local_rows, swiglu
 from moe_ep.kernels.stream import (
     accumulator_layout,
     first_weights,
@@ -32,16 +32,6 @@ _MADE = gl.constexpr(2)
 
 
 @gluon.jit
-def _local_rows(ids_ptr, map_ptr, route, inside, known, LOCAL: gl.constexpr, HAS_MAP: gl.constexpr):
-    """`plan.local_row` in Gluon, of routes that all programs must see the same."""
-    wide = gl.load(ids_ptr + route, mask=inside, other=-1, cache_modifier=".cg")
-    exists = inside & (wide >= 0) & (wide < known)
-    expert = gl.where(exists, wide, 0).to(gl.int32)
-    row = gl.load(map_ptr + expert, mask=exists, other=-1).to(gl.int32) if HAS_MAP else expert
-    return gl.where(exists & (row < LOCAL), row, -1)
-
-
-@gluon.jit
 def _hit_experts(
     ids_ptr, map_ptr, routes, known,
     LOCAL: gl.constexpr, HAS_MAP: gl.constexpr, CDNA: gl.constexpr, BLOCK_R: gl.constexpr,
@@ -55,8 +45,8 @@ def _hit_experts(
     pairs: gl.constexpr = gl.BlockedLayout([1, 8], [4, lanes // 4], [warps, 1], [1, 0])
     i = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(1, pairs))
     j = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, pairs))
-    own = _local_rows(ids_ptr, map_ptr, i, i < routes, known, LOCAL, HAS_MAP)
-    other = _local_rows(ids_ptr, map_ptr, j, j < routes, known, LOCAL, HAS_MAP)
+    own = local_rows(ids_ptr, map_ptr, i, i < routes, known, LOCAL, HAS_MAP)
+    other = local_rows(ids_ptr, map_ptr, j, j < routes, known, LOCAL, HAS_MAP)
     first = gl.min(gl.where(own[:, None] == other[None, :], j[None, :], BLOCK_R), 1)
     leads = (first == i) & (own >= 0)
     others_lead = gl.convert_layout(leads, gl.SliceLayout(0, pairs))
