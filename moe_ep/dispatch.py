@@ -16,7 +16,7 @@ _WRITTEN = 64  # blocks a program
 _COUNTS = 2**13  # the most counts of a tile and an expert that a program adds at once
 _TILES = 256  # for more routes they grow, since each program adds up the counts of all
 _ALONE = 1024  # up to these routes, counting all in every program is faster than one launch more
-_WARPS = 8
+_WARPS, _ALONE_WARPS = 4, 8
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,9 @@ def planner(
         "BLOCK_C": max(16, _COUNTS // width),
     }
     place = {**options, "ALONE": alone, **own}
+    warps = _ALONE_WARPS if alone else _WARPS
     return Planner(
-        plan, shifted, parts["counts"], count, BoundLaunch(place_kernel, programs, place, warps=_WARPS, pdl=pdl), known
+        plan, shifted, parts["counts"], count, BoundLaunch(place_kernel, programs, place, warps=warps, pdl=pdl), known
     )
 
 

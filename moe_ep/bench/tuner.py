@@ -91,7 +91,8 @@ def families(
             yield "single", 8, _STREAM
     yield from (("stream", block_m, _STREAM) for block_m in stream_blocks if suits(block_m))
     if arch == "sm90":
-        yield from (("warpgroup", block_m, _WARPGROUP) for block_m in (32, 64, 128) if suits(block_m))
+        blocks = (block_m for block_m in (32, 64, 128) if suits(block_m) or (block_m == 32 and 0.5 <= rows < 8))
+        yield from (("warpgroup", block_m, _WARPGROUP) for block_m in blocks)
     if arch != "sm90":  # there the other two are faster at every size
         sizes = (16, 32, 64, 128) if arch.startswith("sm") else (16, 32, 64)  # CDNA's waves hold 128 only by spilling
         yield from (("tile", block_m, _TILE) for block_m in sizes if suits(block_m))

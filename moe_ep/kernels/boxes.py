@@ -49,8 +49,8 @@ class BoxedOp:
         """Weights are words, scales and bias; the other arguments as `BoundLaunch`."""
         (words13, scales13, b13), (words2, scales2, b2) = w13, w2
         self.launch(
-            *(x, *weights(words13, scales13, 2, self.box_rows), b13, h, activations(h, self.x_box_rows)),
-            *(*weights(words2, scales2, 1, self.box_rows), b2, y, *args),
+            *(x, *weights(words13, scales13, 2, self.box_rows), words13, scales13, b13),
+            *(h, activations(h, self.x_box_rows), *weights(words2, scales2, 1, self.box_rows), b2, y, *args),
         )
 
 

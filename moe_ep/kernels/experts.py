@@ -7,6 +7,7 @@ A program that waits, waits for tickets before its own, which programs that run 
 does, it goes on.
 """
 
+from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -37,6 +38,8 @@ _MADE = gl.constexpr(2)
 # Groups of 128 k before a tile's last at which the next one's ticket is taken: as late as its value is still there in
 # time, so that who is done first takes it.
 _AHEAD = gl.constexpr(4)
+# Groups of a tile that are brought to the second-level cache beforehand: a third of it, if all programs do.
+_PREFETCHED = gl.constexpr(8)
 
 
 @gluon.jit
@@ -47,6 +50,34 @@ def _between_proxies():
     nothing = gl.arange(0, threads, layout=layout)
     gl.inline_asm_elementwise(
         "fence.proxy.async.global; mov.b32 $0, $1;", "=r,r", [nothing], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@constexpr_function
+def _prefetch_ptx(GROUPS):
+    lines = [f"@inside cp.async.bulk.prefetch.L2.global [${i}], {GROUPS * size};" for i, size in ((1, 1024), (2, 64))]
+    return "\n".join(["{", ".reg .pred inside;", "setp.ne.s32 inside, $3, 0;", *lines, "mov.b32 $0, $3;", "}"])
+
+
+@gluon.jit
+def _prefetch(
+    words_ptr, scales_ptr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, LOCAL: gl.constexpr, BLOCK_N: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
+    """Bring the first groups of one tile of gate and up to the second-level cache.
+
+    Of the tile that is this program's if all experts are hit; if not, it is mostly another's. Nobody waits for it.
+    """
+    tiles: gl.constexpr = INTER // BLOCK_N
+    half: gl.constexpr = BLOCK_N // 16
+    expert = gl.program_id(0) // tiles
+    i = gl.arange(0, gl.num_warps() * 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    row = (2 * expert + i // half) * (INTER // 16) + gl.program_id(0) % tiles * half + i % half
+    first = row.to(gl.int64) * (HIDDEN // 128)
+    words, scales = words_ptr.to(gl.int64) + first * 1024, scales_ptr.to(gl.int64) + first * 64
+    inside = ((i < 2 * half) & (expert < LOCAL)).to(gl.int32)
+    gl.inline_asm_elementwise(
+        _prefetch_ptx(GROUPS), "=r,l,l,r", [words, scales, inside], dtype=gl.int32, is_pure=False, pack=1
     )
 
 
@@ -212,6 +243,8 @@ def experts_warpgroup(
     x_ptr,  # bf16 [M, HIDDEN]
     w13_words_desc,  # as in gate_up_warpgroup
     w13_scales_desc,
+    w13_words_ptr,  # the same
+    w13_scales_ptr,
     b13_ptr,  # f32 [L, 2·INTER], read if HAS_B13
     h_ptr,  # bf16 [routes, INTER]; row = position in the sorted routes
     rows_desc,  # h again, as in down_warpgroup
@@ -250,6 +283,8 @@ def experts_warpgroup(
     pipe = open_pipe(w13_words_desc, w13_scales_desc, BLOCK_M, STAGES, 2)
     ring = open_ring(3)
     if PDL:
+        # While the plan is made the memory has nothing to do, and weights are not what another kernel makes.
+        _prefetch(w13_words_ptr, w13_scales_ptr, HIDDEN, INTER, LOCAL, BLOCK_N, min(_PREFETCHED, HIDDEN // 128))
         gdc_wait()
         gdc_launch_dependents()
     plan = (route_ptr, block_expert_ptr, block_start_ptr, block_end_ptr)

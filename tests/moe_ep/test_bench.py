@@ -214,7 +214,7 @@ def test_tokenspeed_s_kernel_is_called_as_it_wants(
     ("arch", "rows", "kernels"),
     [
         ("sm90", 0.1, {("single", 8), ("stream", 8), ("stream", 16)}),
-        ("sm90", 2.0, {("stream", 8), ("stream", 16)}),
+        ("sm90", 2.0, {("stream", 8), ("stream", 16), ("warpgroup", 32)}),
         ("sm80", 0.1, {("stream", 8), ("tile", 16)}),
         ("sm90", 100.0, {("warpgroup", 32), ("warpgroup", 64), ("warpgroup", 128)}),
         ("gfx942", 0.1, {("stream", 16), ("tile", 16)}),

@@ -1,6 +1,7 @@
 """What only a GPU shows."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,24 +46,36 @@ def test_the_kernels_can_be_captured_and_replayed_on_other_tokens(device: torch.
         assert relative_error(out, by_formula(experts, batch, only=range(4))) < 4e-3
 
 
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0), reason="needs Hopper or a newer GPU"
-)
-SINGLE = LaunchConfig("single", 8, *(Gemm(16, 4, 2, slices=4),) * 2)
+def _in_one_launch() -> list[Any]:
+    """(configuration, tokens) of the kernels that make both GEMMs in one launch, by tickets, where they run."""
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    wide, whole = Gemm(128, 4, 8), Gemm(128, 4, 4)
+    gpu = pytest.mark.skipif(capability < (9, 0), reason="needs Hopper or a newer GPU")
+    hopper = pytest.mark.skipif(capability != (9, 0), reason="needs Hopper")
+    return [
+        pytest.param(LaunchConfig("single", 8, *(Gemm(16, 4, 2, slices=4),) * 2), 8, id="single", marks=gpu),
+        pytest.param(LaunchConfig("warpgroup", 32, wide, wide), 300, id="blocks of 32", marks=hopper),
+        pytest.param(LaunchConfig("warpgroup", 128, whole, whole), 2000, id="blocks of 128", marks=hopper),
+    ]
 
 
-@on_hopper
-def test_an_op_in_one_launch_can_be_captured_and_replayed_again_and_again(device: torch.device) -> None:
+in_one_launch = pytest.mark.parametrize(("config", "tokens"), _in_one_launch())
+
+
+@in_one_launch
+def test_gemms_in_one_launch_can_be_captured_and_replayed_again_and_again(
+    config: LaunchConfig, tokens: int, device: torch.device
+) -> None:
     experts, expert_map = make_experts(64, 1024, 1024, device), torch.arange(64, device=device).int()
     held, expert_map[32:] = experts.rows(range(32)), -1
-    batches = [make_tokens(8, 1024, 64, 6, device, seed) for seed in range(5)]
+    batches = [make_tokens(tokens, 1024, 64, 6, device, seed) for seed in range(5)]
     batches[2].ids[:] = 63  # remote
     fixed = Tokens(*(t.clone() for t in vars(batches[0]).values()))
-    with using(SINGLE):
+    with using(config):
         expected = [partial(held, batch, "cuda", expert_map=expert_map) for batch in batches]
         for got, batch in zip(expected, batches, strict=True):
             formula = by_formula(experts, batch, only=range(32))
-            assert relative_error(got, formula) < 4e-3 if formula.any() else not got.any()
+            assert relative_error(got, formula) < 5e-3 if formula.any() else not got.any()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outs = [partial(held, fixed, "cuda", expert_map=expert_map) for _ in range(3)]
@@ -70,15 +83,19 @@ def test_an_op_in_one_launch_can_be_captured_and_replayed_again_and_again(device
         batch = batches[turn % 5]
         for name, tensor in vars(batch).items():
             getattr(fixed, name).copy_(tensor)
+        for out in outs:
+            out.fill_(torch.nan)
         graph.replay()
         assert all(torch.equal(out, expected[turn % 5]) for out in outs)
 
 
-@on_hopper
-def test_ops_in_one_launch_each_on_two_streams_at_once_give_what_they_give_alone(device: torch.device) -> None:
-    experts, batch = make_experts(32, 1024, 1024, device), make_tokens(8, 1024, 32, 6, device)
+@in_one_launch
+def test_gemms_in_one_launch_on_two_streams_at_once_give_what_they_give_alone(
+    config: LaunchConfig, tokens: int, device: torch.device
+) -> None:
+    experts, batch = make_experts(32, 1024, 1024, device), make_tokens(tokens, 1024, 32, 6, device)
     streams, outs = [torch.cuda.Stream(priority=priority) for priority in (0, -1)], []
-    with using(SINGLE):
+    with using(config):
         alone = partial(experts, batch, "cuda")
         torch.cuda.synchronize()
         for _ in range(200):

@@ -29,7 +29,15 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NVDISASM = CUOBJDUMP.with_name("nvdisasm")
 HOPPER = Target("cuda", "sm90", 32, 132)
 POINTERS = {"x": "bf16", "h": "bf16", "w13": "u16", "w2": "u16", "scale": "u32", "bias": "fp32", "weight": "fp32"}
-POINTERS |= {"s13": "u32", "s2": "u32", "b13": "fp32", "b2": "fp32", "out": "bf16"}
+POINTERS |= {
+    "w13_words": "u16",
+    "w13_scales": "u32",
+    "s13": "u32",
+    "s2": "u32",
+    "b13": "fp32",
+    "b2": "fp32",
+    "out": "bf16",
+}
 
 TABLE = tables.find("sm90")
 assert TABLE is not None
@@ -185,6 +193,20 @@ def test_what_others_made_is_read_only_after_an_acquire() -> None:
     assert "acquire" in loads[0]
     atomics = re.findall(r"atom\.\S*?(relaxed|acquire|release|acq_rel)", ptx)
     assert sorted(atomics) == ["acq_rel", "acq_rel", "relaxed", "relaxed", "release"]
+
+
+def test_h_is_read_by_the_copy_engine_only_after_an_acquire_and_a_fence_between_proxies() -> None:
+    regime = next(name for name in REGIMES if "warpgroup" in name)
+    both = launches(SHAPES["pro-ep8"], regime)[2]
+    ptx = compiled(both).asm["ptx"]
+    atomics = re.findall(r"atom\.\S*?(relaxed|acquire|release|acq_rel)", ptx)
+    assert sorted(atomics) == ["relaxed", "relaxed", "release", "release"], "two tickets; both warpgroups' tiles"
+    assert len(re.findall(r"ld\.\S*acquire", ptx)) == 1, "the loop that waits for h"
+    assert ptx.count("fence.proxy.async.global") == 3
+    # One thread arrives for all of its warps, so there must be a barrier before, since whatever jumps there.
+    arrivals = re.split(r"mbarrier\.arrive\.shared::cta", ptx)[:-1]
+    assert arrivals
+    assert all(re.search(r"bar\.(warp\.)?sync", before.rsplit("$L__BB", 1)[-1]) for before in arrivals)
 
 
 @pytest.mark.parametrize("regime", [name for name in REGIMES if "stream" in name])

@@ -37,7 +37,7 @@ ON_HOPPER = [
     ("tile", 128, Gemm(64, 4, 3)),
 ]
 HOPPER_ONLY = [
-    ("warpgroup", 32, Gemm(128, 4, 6)),
+    ("warpgroup", 32, Gemm(128, 4, 8)),  # more stages than a tile of down has groups
     ("warpgroup", 64, Gemm(64, 4, 4)),
     ("warpgroup", 64, Gemm(128, 4, 3)),
     ("warpgroup", 128, Gemm(128, 4, 4)),
