@@ -16,7 +16,8 @@ _WRITTEN = 64  # blocks a program
 _COUNTS = 2**13  # the most counts of a tile and an expert that a program adds at once
 _TILES = 256  # for more routes they grow, since each program adds up the counts of all
 _ALONE = 1024  # up to these routes, counting all in every program is faster than one launch more
-_WARPS, _ALONE_WARPS = 4, 8
+_WARPS = 8
+_SMALL_WARPS = 4  # of 32 lanes, where a program does not count all routes alone
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class RoutePlan:
 
     route: int32 [R], route numbers m·k + slot sorted by local expert, the order within one kept; as many are written as
     there are local routes. block_expert, block_start, block_end: int32 [B], with block_expert = −1 past the last block.
-    state: int32 [2 + B], what programs count in that share out the blocks' tiles (`kernels.experts`).
+    state: int32 [2 + B], what programs count in that share out the blocks' tiles (`kernels.experts`), if they do.
     """
 
     route: Tensor
@@ -82,7 +83,15 @@ def plan_parts(
 
 
 def planner(
-    parts: dict[str, Tensor], local_experts: int, known: int, block_m: int, *, mapped: bool, pdl: bool
+    parts: dict[str, Tensor],
+    local_experts: int,
+    known: int,
+    block_m: int,
+    *,
+    mapped: bool,
+    pdl: bool,
+    shares: bool,
+    warp_size: int,
 ) -> Planner:
     """The launches that write `parts`, those of `plan_parts`, for expert ids below `known`.
 
@@ -104,7 +113,8 @@ def planner(
         "BLOCK_T": tile,
         "BLOCK_X": _SHIFT_BLOCK,
     }
-    count = None if alone else BoundLaunch(count_kernel, tiles + shifts, options, warps=_WARPS, pdl=pdl)
+    warps = _SMALL_WARPS if warp_size == 32 and not alone else _WARPS  # CDNA's waves would spill
+    count = None if alone else BoundLaunch(count_kernel, tiles + shifts, options, warps=warps, pdl=pdl)
     programs = tiles + triton.cdiv(plan.blocks, _WRITTEN) + (shifts if alone else 0)
     own = {
         "BLOCK_M": block_m,
@@ -113,8 +123,7 @@ def planner(
         "BLOCK_B": _WRITTEN,
         "BLOCK_C": max(16, _COUNTS // width),
     }
-    place = {**options, "ALONE": alone, **own}
-    warps = _ALONE_WARPS if alone else _WARPS
+    place = {**options, "SHARES": shares, "ALONE": alone, **own}
     return Planner(
         plan, shifted, parts["counts"], count, BoundLaunch(place_kernel, programs, place, warps=warps, pdl=pdl), known
     )

@@ -15,7 +15,8 @@ def carve(
 ) -> dict[str, Tensor]:
     """Named tensors of the given shapes and dtypes in the memory kept for this device and stream, uninitialised.
 
-    What is carved for one call is overwritten by the next on the same stream. CUDA graphs that are captured keep what
+    What is carved for one call is overwritten by the next on the same stream; among it is what programs wait for, so
+    that of two calls at once neither might ever end. CUDA graphs that are captured keep what
     they were given: one that may be replayed beside other calls or graphs must be captured on a stream of its own
     (`torch.cuda.graph` captures all on one unless it is given others).
     """

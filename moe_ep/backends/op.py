@@ -38,7 +38,7 @@ class Op:
     gate_up: GemmLaunch
     down: GemmLaunch
     both: BothLaunch | None
-    """Instead of the two, where they are not cut."""
+    """Instead of the two, where they are not cut; it also zeroes what combine then leaves."""
     combine: BoundLaunch
     combine_weighs: bool
     """Whether combine multiplies by the routing weights, and not down."""
@@ -100,7 +100,7 @@ def op_of(shape: Shape) -> Op | RouteOp | SingleOp:
     raw = config.kernel == "warpgroup"
     shifts = not raw and not shape.rounds
     rounded = rounding_parts(shape.tokens, shape.hidden, routes, shape.inner, native=shape.fp8) if shape.rounds else {}
-    # For many routes the sums of a token's routes are of bf16, as the engines' are, unless more is asked for.
+    # With this kernel the sums of a token's routes are of bf16, as the engines' are, unless more is asked for.
     y_dtype = torch.bfloat16 if raw and shape.dtypes[2] != torch.float32 else torch.float32
     parts = workspace.carve(
         shape.device,
@@ -117,6 +117,8 @@ def op_of(shape: Shape) -> Op | RouteOp | SingleOp:
         *(parts, shape.local, shape.known, config.block_m),
         mapped=shape.mapped,
         pdl=pdl,
+        shares=raw,
+        warp_size=shape.target.warp_size,
     )
     gate_up, down = gemms_of(shape, config, plan.plan.blocks)
     both = both_of(shape, config, plan.plan.blocks)

@@ -74,7 +74,7 @@ def down_kernel(
 
 @triton.jit(do_not_specialize=["known"])
 def combine_kernel(
-    y_ptr,  # f32, or bf16 for many routes, [M·TOP_K, HIDDEN]
+    y_ptr,  # f32 or bf16 [M·TOP_K, HIDDEN]
     ids_ptr,  # int [M·TOP_K]
     map_ptr,  # int [known], read if HAS_MAP
     weight_ptr,  # f32 [M·TOP_K]: routing weights, read if WEIGHS
@@ -96,10 +96,19 @@ def combine_kernel(
         gdc_wait()
         gdc_launch_dependents()
     token = (tl.program_id(0) // PARTS).to(tl.int64)
+    # Looked up once: what is loaded after a store is loaded again.
+    local = ()
+    weights = ()
+    for slot in tl.static_range(TOP_K):
+        route = token * TOP_K + slot
+        here = local_row(ids_ptr, map_ptr, route, route >= 0, known, LOCAL, HAS_MAP) >= 0
+        local = local + (here,)  # type: ignore[assignment]
+        if WEIGHS:
+            weights = weights + (tl.load(weight_ptr + route),)  # type: ignore[assignment]
     if ZEROED:
-        any_local = False
-        for slot in tl.static_range(TOP_K):
-            any_local |= local_row(ids_ptr, map_ptr, token * TOP_K + slot, token >= 0, known, LOCAL, HAS_MAP) >= 0
+        any_local = local[0]  # type: ignore[misc]
+        for slot in tl.static_range(1, TOP_K):
+            any_local |= local[slot]
         if not any_local:
             return
     for first in range(tl.program_id(0) % PARTS * BLOCK_H, HIDDEN, PARTS * BLOCK_H):
@@ -107,8 +116,7 @@ def combine_kernel(
         n_mask = n < HIDDEN
         acc = tl.zeros((BLOCK_H,), dtype=tl.float32)
         for slot in tl.static_range(TOP_K):
-            route = token * TOP_K + slot
-            row = local_row(ids_ptr, map_ptr, route, route >= 0, known, LOCAL, HAS_MAP)
-            y = tl.load(y_ptr + route * HIDDEN + n, mask=n_mask & (row >= 0), other=0.0).to(tl.float32)
-            acc += y * tl.load(weight_ptr + route) if WEIGHS else y
+            y_row = y_ptr + (token * TOP_K + slot) * HIDDEN
+            y = tl.load(y_row + n, mask=n_mask & local[slot], other=0.0).to(tl.float32)
+            acc += y * weights[slot] if WEIGHS else y
         tl.store(out_ptr + token * HIDDEN + n, acc.to(out_ptr.dtype.element_ty), mask=n_mask)

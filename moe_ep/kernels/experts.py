@@ -1,4 +1,4 @@
-"""Both grouped GEMMs for many rows an expert on Hopper in one launch, so that neither ends with idle multiprocessors.
+"""Both grouped GEMMs of about one row an expert or more on Hopper in one launch, so that none ends with idle programs.
 
 As `kernels.warpgroup`, but for the order: the warp that feeds the copy engine takes tiles by a ticket each, first all
 of gate and up, then all of down, and tells the other warps. A tile of down waits until its block's h is there.
@@ -13,22 +13,10 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_ep.kernels.fragments import local_rows
-from moe_ep.kernels.pipe import (
-    BOXES,
-    WARPGROUPS,
-    expect,
-    fill_boxes,
-    fill_weights,
-    hand_over_last,
-    open_pipe,
-    row_bytes,
-    vouch,
-    wait_free,
-    weight_bytes,
-)
+from moe_ep.kernels.pipe import WARPGROUPS, hand_over_last, open_pipe, vouch, wait_free
 from moe_ep.kernels.ring import hear, hear_for_another, open_ring, tell
 from moe_ep.kernels.tickets import await_count, barrier, count_later, value
-from moe_ep.kernels.warpgroup import down_tile, gate_up_tile, gather_tile
+from moe_ep.kernels.warpgroup import block_of, down_tile, fill_down, fill_gate_up, gate_up_tile, gather_tile
 
 # Places in the memory that the plan resets: the next ticket, the blocks that there are, then for each block the halves
 # of its tiles of gate and up that are made.
@@ -38,7 +26,7 @@ _MADE = gl.constexpr(2)
 # Groups of 128 k before a tile's last at which the next one's ticket is taken: as late as its value is still there in
 # time, so that who is done first takes it.
 _AHEAD = gl.constexpr(4)
-# Groups of a tile that are brought to the second-level cache beforehand: a third of it, if all programs do.
+# Groups of a tile that are brought to the second-level cache beforehand; all programs' take a third of the cache.
 _PREFETCHED = gl.constexpr(8)
 
 
@@ -66,7 +54,8 @@ def _prefetch(
 ):  # fmt: skip
     """Bring the first groups of one tile of gate and up to the second-level cache.
 
-    Of the tile that is this program's if all experts are hit; if not, it is mostly another's. Nobody waits for it.
+    Of the tile that is likely this program's if all experts are hit, with one block each; if not, some of these tiles
+    are others', and some nobody's. Nobody waits for it.
     """
     tiles: gl.constexpr = INTER // BLOCK_N
     half: gl.constexpr = BLOCK_N // 16
@@ -84,15 +73,12 @@ def _prefetch(
 @gluon.jit
 def _tile_of(ticket, blocks, plan, UP_TILES: gl.constexpr, DOWN_TILES: gl.constexpr):
     """A ticket's tile (`kernels.ring`), numbered from −1 downwards if it is of down; its expert is −1 past the last."""
-    _route_ptr, block_expert_ptr, block_start_ptr, block_end_ptr = plan
     up = ticket < blocks * UP_TILES
     at = ticket if up else ticket - blocks * UP_TILES
     block = at // UP_TILES if up else at // DOWN_TILES
     number = at % UP_TILES if up else -1 - at % DOWN_TILES
-    inside = block < blocks
-    expert = gl.load(block_expert_ptr + block, mask=inside, other=-1)
-    start = gl.load(block_start_ptr + block, mask=inside, other=0)
-    return number, block, expert, start, gl.load(block_end_ptr + block, mask=inside, other=0)
+    expert, start, end = block_of(plan, block, blocks)
+    return number, block, expert, start, end
 
 
 @gluon.jit
@@ -146,26 +132,20 @@ def _fill(
     HIDDEN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A tile's groups from `begin` to `end`; its first is the first-th of all."""
-    number, _block, expert, start, last = tile
-    box_rows: gl.constexpr = BLOCK_M // BOXES
-    half: gl.constexpr = BLOCK_N // 16
-    boxes = (last - start + box_rows - 1) // box_rows
-    row = expert * (HIDDEN // 16) + (-1 - number) * (WARPGROUPS * half)  # of down
+    number = tile[0]
+    row = tile[2] * (HIDDEN // 16) + (-1 - number) * (2 * BLOCK_N // 16)  # of down
     for group in range(begin, end):
         index = first + group
         wait_free(pipe, index, STAGES)
         if number >= 0:
-            expect(pipe, index, weight_bytes(BLOCK_N), True, STAGES)
-            for i in gl.static_range(WARPGROUPS):
-                at = (2 * expert, number * half + i * (half // WARPGROUPS))
-                fill_weights(pipe, w13_descs[0], w13_descs[1], at, group, index, i, STAGES)
+            fill_gate_up(
+                w13_descs[0], w13_descs[1], pipe, tile[2], number * (BLOCK_N // 16), group, index, BLOCK_N, STAGES
+            )  # fmt: skip
         else:
             vouch(pipe, index, STAGES)
-            for some in gl.static_range(1, BOXES + 1):
-                expect(pipe, index, weight_bytes(BLOCK_N) + row_bytes(some * box_rows), boxes == some, STAGES)
-            for i in gl.static_range(WARPGROUPS):
-                fill_weights(pipe, w2_descs[0], w2_descs[1], (row + i * half,), group, index, i, STAGES)
-            fill_boxes(pipe, rows_desc, start, boxes, group, index, BLOCK_M, STAGES)
+            fill_down(
+                rows_desc, w2_descs[0], w2_descs[1], pipe, tile[2:], row, group, index, BLOCK_M, BLOCK_N, STAGES
+            )  # fmt: skip
 
 
 @gluon.jit
@@ -199,7 +179,7 @@ def _zero_remote(
     for token in range(gl.program_id(0), tokens, gl.num_programs(0)):
         found = -1
         for slot in gl.static_range(TOP_K):
-            row = local_rows(ids_ptr, map_ptr, token * TOP_K + slot, tokens > 0, known, LOCAL, HAS_MAP)
+            row = local_rows(ids_ptr, map_ptr, token * TOP_K + slot, token < tokens, known, LOCAL, HAS_MAP)
             found = gl.maximum(found, row)
         if found < 0:
             row_ptr = out_ptr + token.to(gl.int64) * HIDDEN  # type: ignore[attr-defined]

@@ -8,9 +8,9 @@ from moe_ep.order import padded
 
 Kernel = Literal["single", "stream", "warpgroup", "tile", "cdna3", "route"]
 """single: a handful of tokens on NVIDIA, in one launch, `kernels.single`. stream: few rows an expert, `kernels.stream`.
-warpgroup: many, on Hopper. tile: any device, any shape. Of gluon_kernel, on gfx942: route for a handful of tokens,
-`kernels.route_direct`; cdna3 for more, `kernels.cdna3`. Activations are multiplied as fp8 by `kernels.stream_fp8` for
-stream, and `kernels.route_fp8` for route."""
+warpgroup: about one or more, on Hopper, `kernels.experts`. tile: any device, any shape. Of gluon_kernel, on gfx942:
+route for a handful of tokens, `kernels.route_direct`; cdna3 for more, `kernels.cdna3`. Activations are multiplied as
+fp8 by `kernels.stream_fp8` for stream, and `kernels.route_fp8` for route."""
 REGISTER_KERNELS: tuple[Kernel, ...] = ("single", "stream", "cdna3", "route")
 """Those that take weights to registers in tiles of 16 rows, by slices of K and by stages."""
 FP8_KERNELS: tuple[Kernel, ...] = ("stream", "route")
@@ -146,6 +146,10 @@ def fit(config: LaunchConfig, hidden: int, inner: int) -> LaunchConfig | None:
     else:
         gate_up = _fit_warpgroup(config.gate_up, config.block_m, hidden, inner)
         down = _fit_warpgroup(config.down, config.block_m, inner, hidden // 2)
+        if gate_up and down and config.gate_up == config.down:  # alike, they are one launch
+            block_n = min(gate_up.block_n, down.block_n)
+            gate_up = _fit_warpgroup(replace(config.gate_up, block_n=block_n), config.block_m, hidden, inner)
+            down = _fit_warpgroup(replace(config.down, block_n=block_n), config.block_m, inner, hidden // 2)
     return replace(config, gate_up=gate_up, down=down) if gate_up and down else None
 
 

@@ -70,13 +70,14 @@ def place_kernel(
     block_expert_ptr,  # out: int32 [blocks]: local row of each block, −1 past the last
     block_start_ptr,  # out: int32 [blocks]: its first position in the sorted routes
     block_end_ptr,  # out: int32 [blocks]: one past its last
-    state_ptr,  # out: int32 [2 + blocks]: 0, the blocks that there are, a 0 for each: for `kernels.experts`
+    state_ptr,  # out: int32 [2 + blocks], if SHARES: 0, the blocks that there are, a 0 for each
     x_ptr,  # as in count_kernel, read if ALONE
     shifted_ptr,  # out: as in count_kernel, written if ALONE
     routes,
     known,
     blocks,  # the most that there can be
     elements,
+    SHARES: tl.constexpr,  # `kernels.experts` shares out the blocks' tiles
     ALONE: tl.constexpr,  # there was no count_kernel: count and shift here, BLOCK_A routes at once, which are all
     LOCAL: tl.constexpr,
     HAS_MAP: tl.constexpr,
@@ -139,10 +140,11 @@ def place_kernel(
         end = tl.minimum(begin + BLOCK_M, tl.sum(own * (first + counts)[None, :], 1))
         existing = tl.sum(used, 0)
         exists = block < existing
-        if program == tiles:
-            tl.store(state_ptr, 0)
-            tl.store(state_ptr + 1, existing)
-        tl.store(state_ptr + 2 + block, 0, mask=block < blocks)
+        if SHARES:
+            tl.store(state_ptr + 2 + block, 0, mask=block < blocks)
+            if program == tiles:
+                tl.store(state_ptr, 0)
+                tl.store(state_ptr + 1, existing)
         tl.store(block_expert_ptr + block, tl.where(exists, expert, -1), mask=block < blocks)
         tl.store(block_start_ptr + block, begin, mask=exists & (block < blocks))
         tl.store(block_end_ptr + block, end, mask=exists & (block < blocks))

@@ -25,7 +25,7 @@ def count_later(counter_ptr, SEM: gl.constexpr, CDNA: gl.constexpr):
 
     The trick: an atomic of Triton's waits for its value at once. Here one lane's register is to have it, and to ptxas
     each lane has an address of its own: what it knows to be one it adds up over a warp, and waits for. To acquire
-    empties the first-level cache.
+    empties the first-level cache, so where activations are to stay there, SEM is "relaxed".
     """
     threads: gl.constexpr = gl.num_warps() * lane_count(CDNA)
     layout: gl.constexpr = gl.BlockedLayout([1], [lane_count(CDNA)], [gl.num_warps()], [0])

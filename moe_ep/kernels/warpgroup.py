@@ -1,4 +1,6 @@
-"""Both grouped GEMMs for many rows an expert on Hopper, where the matrix units are the bound.
+"""The grouped GEMMs of about one row an expert or more on Hopper, each by itself, and what their tiles are made of.
+
+`kernels.experts` makes both GEMMs of these tiles; here are the launches for ranges of columns, and for unlike tiles.
 
 One program a multiprocessor makes one tile after the other: two warpgroups multiply (`kernels.pipe`), one warp feeds
 the copy engine, and for gate and up two warps gather activations. Here scales are applied to the weights, which come
@@ -34,14 +36,19 @@ from moe_ep.kernels.pipe import (
 
 
 @gluon.jit
-def _block(plan, blocks, tile, N_TILES: gl.constexpr):
-    """(expert, first position, one past the last) of a tile's block of routes; expert −1 past the last tile."""
+def block_of(plan, block, blocks):
+    """(expert, first position, one past the last) of a block of routes; expert −1 past the last of `blocks`."""
     _route_ptr, block_expert_ptr, block_start_ptr, block_end_ptr = plan
-    block = tile // N_TILES
     inside = block < blocks
     expert = gl.load(block_expert_ptr + block, mask=inside, other=-1)
     start = gl.load(block_start_ptr + block, mask=inside, other=0)
     return expert, start, gl.load(block_end_ptr + block, mask=inside, other=0)
+
+
+@gluon.jit
+def _block(plan, blocks, tile, N_TILES: gl.constexpr):
+    """A tile's block of routes."""
+    return block_of(plan, tile // N_TILES, blocks)
 
 
 @gluon.jit
@@ -87,13 +94,40 @@ def _load_x(
 
 
 @gluon.jit
+def fill_gate_up(
+    words_desc, scales_desc, pipe, expert, row, group, index, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Begin to copy a group of both warpgroups' weights, from a 16-row tile of w1 and of w3 on."""
+    own: gl.constexpr = BLOCK_N // WARPGROUPS // 16
+    expect(pipe, index, weight_bytes(BLOCK_N), True, STAGES)
+    for half in gl.static_range(WARPGROUPS):
+        at = (2 * expert, row + half * own)
+        fill_weights(pipe, words_desc, scales_desc, at, group, index, half, STAGES)
+
+
+@gluon.jit
+def fill_down(
+    rows_desc, words_desc, scales_desc, pipe, block, row, group, index,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Begin to copy a group of both warpgroups' weights, from a 16-row tile of w2 on, and of the block's h."""
+    box_rows: gl.constexpr = BLOCK_M // BOXES
+    own: gl.constexpr = BLOCK_N // 16
+    boxes = (block[2] - block[1] + box_rows - 1) // box_rows
+    for some in gl.static_range(1, BOXES + 1):
+        expect(pipe, index, weight_bytes(BLOCK_N) + row_bytes(some * box_rows), boxes == some, STAGES)
+    for half in gl.static_range(WARPGROUPS):
+        fill_weights(pipe, words_desc, scales_desc, (row + half * own,), group, index, half, STAGES)
+    fill_boxes(pipe, rows_desc, block[1], boxes, group, index, BLOCK_M, STAGES)
+
+
+@gluon.jit
 def _load_w13(
     words_desc, scales_desc, plan, blocks, pipe,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy the weights of all tiles of this program."""
     n_tiles: gl.constexpr = INTER // BLOCK_N
-    own: gl.constexpr = BLOCK_N // WARPGROUPS // 16
     step = gl.num_programs(0)
     tile = gl.program_id(0)
     index = 0
@@ -103,10 +137,7 @@ def _load_w13(
         row = tile % n_tiles * (BLOCK_N // 16)
         for group in range(HIDDEN // 128):
             wait_free(pipe, index, STAGES)
-            expect(pipe, index, weight_bytes(BLOCK_N), True, STAGES)
-            for half in gl.static_range(WARPGROUPS):
-                at = (2 * block[0], row + half * own)
-                fill_weights(pipe, words_desc, scales_desc, at, group, index, half, STAGES)
+            fill_gate_up(words_desc, scales_desc, pipe, block[0], row, group, index, BLOCK_N, STAGES)
             index += 1
         block = following
         tile += step
@@ -119,23 +150,18 @@ def _load_down(
 ):  # fmt: skip
     """Copy all that this program's tiles of the down projection take."""
     n_tiles: gl.constexpr = HIDDEN // (2 * BLOCK_N)
-    box_rows: gl.constexpr = BLOCK_M // BOXES
-    own: gl.constexpr = BLOCK_N // 16
     step = gl.num_programs(0)
     tile = gl.program_id(0)
     index = 0
     block = _block(plan, blocks, tile, n_tiles)
     while block[0] >= 0:
         following = _block(plan, blocks, tile + step, n_tiles)
-        row = block[0] * (HIDDEN // 16) + tile % n_tiles * (WARPGROUPS * own)
-        boxes = (block[2] - block[1] + box_rows - 1) // box_rows
+        row = block[0] * (HIDDEN // 16) + tile % n_tiles * (2 * BLOCK_N // 16)
         for group in range(INTER // 128):
             wait_free(pipe, index, STAGES)
-            for some in gl.static_range(1, BOXES + 1):
-                expect(pipe, index, weight_bytes(BLOCK_N) + row_bytes(some * box_rows), boxes == some, STAGES)
-            for half in gl.static_range(WARPGROUPS):
-                fill_weights(pipe, words_desc, scales_desc, (row + half * own,), group, index, half, STAGES)
-            fill_boxes(pipe, rows_desc, block[1], boxes, group, index, BLOCK_M, STAGES)
+            fill_down(
+                rows_desc, words_desc, scales_desc, pipe, block, row, group, index, BLOCK_M, BLOCK_N, STAGES
+            )  # fmt: skip
             index += 1
         block = following
         tile += step

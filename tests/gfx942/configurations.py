@@ -59,8 +59,8 @@ def configurations(shape: RankShape) -> dict[str, Resources]:
 
 
 def tile(launch: Launch) -> str:
-    """down_kernel 16×64/4/2: the kernel, its block sizes, warps and stages."""
-    sizes = [str(v) for name, v in launch.constants.items() if name.startswith("BLOCK_")]
+    """down_kernel 16×64/4/2: the kernel, its block sizes (and a row's parts), warps and stages."""
+    sizes = [str(v) for name, v in launch.constants.items() if name.startswith("BLOCK_") or name == "PARTS"]
     stages = launch.constants.get("STAGES", launch.num_stages)
     return f"{launch.program.name} {'×'.join(sizes)}/{launch.num_warps}/{stages}"
 

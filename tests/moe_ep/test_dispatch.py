@@ -32,7 +32,7 @@ def _plan(
         for name, (shape, dtype) in plan_parts(x.shape[0], x.shape[1], 1, local, block_m, shifts=True).items()
     }
     known = local if mapped is None else mapped.numel()
-    plan = planner(parts, local, known, block_m, mapped=mapped is not None, pdl=False)
+    plan = planner(parts, local, known, block_m, mapped=mapped is not None, pdl=False, shares=True, warp_size=64)
     plan(x, ids, mapped)
     assert plan.shifted is not None
     return plan.plan, plan.shifted
@@ -51,6 +51,8 @@ def check(plan: RoutePlan, rows: list[int], block_m: int) -> None:
         assert routes == sorted(routes), "the order of routes within an expert is kept"
         seen += routes
     assert sorted(seen) == [r for r, e in enumerate(rows) if e >= 0]
+    used = sum(expert >= 0 for expert in plan.block_expert.tolist())
+    assert plan.state.tolist() == [0, used, *[0] * plan.blocks], "no ticket is taken, and no tile made"
 
 
 @by_way
@@ -66,6 +68,7 @@ def check(plan: RoutePlan, rows: list[int], block_m: int) -> None:
 )
 @example((3, [0, 1] + [2] * 33, 16))
 @example((2, [-1, 5, 7], 4))
+@example((9, [0, 8] * 40, 1))  # more blocks than one program writes
 def test_every_local_route_is_in_exactly_one_block_of_its_expert_and_no_other_route(
     way: Way, case: tuple[int, list[int], int]
 ) -> None:

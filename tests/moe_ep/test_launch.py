@@ -57,6 +57,13 @@ def test_slices_and_stages_shrink_until_they_divide_k() -> None:
     assert fitted.down == Gemm(block_n=64, warps=4, stages=1, slices=1)  # 5 groups are divided by nothing
 
 
+def test_tiles_of_both_gemms_of_many_rows_stay_alike() -> None:
+    gemm = Gemm(block_n=128, warps=4, stages=8)
+    fitted = fit(LaunchConfig("warpgroup", 32, gemm, gemm), hidden=2688, inner=512)
+    assert fitted is not None
+    assert fitted.gate_up == fitted.down == replace(gemm, block_n=64), "1344 rows of half of H are 21 tiles of 64"
+
+
 def test_the_single_kernel_s_one_tile_divides_both_gemms() -> None:
     wide = Gemm(block_n=16, warps=4, stages=2, slices=4)
     assert fit(LaunchConfig("single", 8, wide, wide), 4096, 2048) == LaunchConfig("single", 8, wide, wide)
