@@ -191,7 +191,7 @@ def test_what_others_made_is_read_only_after_an_acquire() -> None:
     loads = re.findall(r"ld\.\S*(?:acquire|relaxed)\S*", ptx)
     assert len(loads) == 1, "the loop that waits for h"
     assert "acquire" in loads[0]
-    atomics = re.findall(r"atom\.\S*?(relaxed|acquire|release|acq_rel)", ptx)
+    atomics = re.findall(r"\b(?:atom|red)\.\S*?(relaxed|acquire|release|acq_rel)", ptx)
     assert sorted(atomics) == ["acq_rel", "acq_rel", "relaxed", "relaxed", "release"]
 
 
@@ -199,7 +199,7 @@ def test_h_is_read_by_the_copy_engine_only_after_an_acquire_and_a_fence_between_
     regime = next(name for name in REGIMES if "warpgroup" in name)
     both = launches(SHAPES["pro-ep8"], regime)[2]
     ptx = compiled(both).asm["ptx"]
-    atomics = re.findall(r"atom\.\S*?(relaxed|acquire|release|acq_rel)", ptx)
+    atomics = re.findall(r"\b(?:atom|red)\.\S*?(relaxed|acquire|release|acq_rel)", ptx)
     assert sorted(atomics) == ["relaxed", "relaxed", "release", "release"], "two tickets; both warpgroups' tiles"
     assert len(re.findall(r"ld\.\S*acquire", ptx)) == 1, "the loop that waits for h"
     assert ptx.count("fence.proxy.async.global") == 3
