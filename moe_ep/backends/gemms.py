@@ -80,6 +80,21 @@ def gemms_of(shape: Shape, config: LaunchConfig, blocks: int) -> _Gemms:
     )
 
 
+def constants_of(shape: Shape) -> dict[str, Any]:
+    """What a kernel of both GEMMs depends on, besides its tiles."""
+    return {
+        "TOP_K": shape.top_k,
+        "HIDDEN": shape.hidden,
+        "INTER": shape.inner,
+        "LOCAL": shape.local,
+        "HAS_MAP": shape.mapped,
+        "HAS_B13": shape.biased[0],
+        "HAS_B2": shape.biased[1],
+        "HAS_LIMIT": shape.limited,
+        "PDL": shape.target.pdl,
+    }
+
+
 def both_of(shape: Shape, config: LaunchConfig, blocks: int) -> BothLaunch | None:
     """Both GEMMs in one launch, where there is a kernel that makes them so and their tiles are alike."""
     if config.kernel != "warpgroup" or config.gate_up != config.down:
@@ -91,15 +106,7 @@ def both_of(shape: Shape, config: LaunchConfig, blocks: int) -> BothLaunch | Non
     gemm = config.gate_up
     registers, loader_registers = _GATHERING
     constants = {
-        "TOP_K": shape.top_k,
-        "HIDDEN": shape.hidden,
-        "INTER": shape.inner,
-        "LOCAL": shape.local,
-        "HAS_MAP": shape.mapped,
-        "HAS_B13": shape.biased[0],
-        "HAS_B2": shape.biased[1],
-        "HAS_LIMIT": shape.limited,
-        "PDL": shape.target.pdl,
+        **constants_of(shape),
         "BLOCK_M": config.block_m,
         "BLOCK_N": gemm.block_n,
         "STAGES": gemm.stages,

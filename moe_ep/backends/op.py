@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_ep import workspace
 from moe_ep.backends.call import Shape, config_of
-from moe_ep.backends.gemms import BothLaunch, GemmLaunch, both_of, cdna3_launch, gemms_of
+from moe_ep.backends.gemms import BothLaunch, GemmLaunch, both_of, cdna3_launch, constants_of, gemms_of
 from moe_ep.dispatch import Planner, plan_parts, planner
 from moe_ep.kernels.bound import BoundLaunch
 from moe_ep.kernels.down import combine_kernel
@@ -225,16 +225,8 @@ def _single_op(shape: Shape, config: LaunchConfig) -> SingleOp | None:
     if state is None or used > state.numel() or shape.tokens > config.block_m or block_r > _MOST_ROUTES:
         return None
     constants = {
-        "TOP_K": shape.top_k,
-        "HIDDEN": shape.hidden,
-        "INTER": shape.inner,
-        "LOCAL": shape.local,
-        "HAS_MAP": shape.mapped,
-        "HAS_B13": shape.biased[0],
-        "HAS_B2": shape.biased[1],
-        "HAS_LIMIT": shape.limited,
+        **constants_of(shape),
         "CDNA": shape.target.backend == "hip",
-        "PDL": shape.target.pdl,
         "PROGRAMS": shape.target.processors * _PROGRAMS,
         "BLOCK_R": block_r,
         "BLOCK_M": config.block_m,

@@ -16,7 +16,7 @@ from moe_ep.kernels.fragments import local_rows
 from moe_ep.kernels.pipe import WARPGROUPS, hand_over_last, open_pipe, vouch, wait_free
 from moe_ep.kernels.ring import hear, hear_for_another, open_ring, tell
 from moe_ep.kernels.tickets import await_count, barrier, count_later, value
-from moe_ep.kernels.warpgroup import block_of, down_tile, fill_down, fill_gate_up, gate_up_tile, gather_tile
+from moe_ep.kernels.tiles import block_of, down_tile, fill_down, fill_gate_up, gate_up_tile, gather_tile
 
 # Places in the memory that the plan resets: the next ticket, the blocks that there are, then for each block the halves
 # of its tiles of gate and up that are made.
