@@ -9,19 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_ep.kernels.pipe import (
-    hand_over_last,
-    open_pipe,
-    wait_free,
-)
-from moe_ep.kernels.tiles import (
-    block_of,
-    down_tile,
-    fill_down,
-    fill_gate_up,
-    gate_up_tile,
-    gather_tile,
-)
+from moe_ep.kernels.pipe import hand_over_last, open_pipe, wait_free
+from moe_ep.kernels.tiles import block_of, down_tile, fill_down, fill_gate_up, gate_up_tile, gather_tile
 
 
 @gluon.jit
