@@ -1,11 +1,15 @@
-"""What Triton's interpreter (TRITON_INTERPRET=1) gets wrong, mended.
+"""What Triton's interpreter (TRITON_INTERPRET=1) gets wrong or does again and again, mended.
 
 Triton 3.6 to 3.9 keep a bfloat16 as the integer of its bits, and add, compare and multiply those; they round f32 to
 bf16 and fp8 by truncation, or up at every tie; 3.6 does not know AMD's fnuz fp8 types and fails on `range` of a tensor
 with numpy 2.4. Here short floats become f32 by torch's types, and go back by them, to nearest even.
+
+They also look through the whole language at each call of a device function, which a launch has done before, and leave
+`triton.language.core` changed after it. Here a launch does it once, for all its functions, and undoes all of it.
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,6 +46,7 @@ def mend() -> None:
     builder.create_dot = _dot
     interpreter._patch_lang_core = _fnuz_types(interpreter._patch_lang_core)
     interpreter._patch_lang_tensor = _index(interpreter._patch_lang_tensor)
+    interpreter._patch_lang = _once(interpreter._patch_lang)
     interpreter.mended = True
 
 
@@ -137,5 +142,27 @@ def _index(original: Callable[..., None]) -> Callable[..., None]:
     def patch(tensor: Any, scope: Any) -> None:
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+
+    return patch
+
+
+def _once(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Both modules of the language that a function may name, by the first call until what it returned is restored."""
+    modules = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    patched: list[Any] = []
+
+    def patch(function: Any) -> Any:
+        if patched:
+            return interpreter._LangPatchScope()
+        scope = original(modules)
+        undo = scope.restore
+
+        def restore() -> None:
+            patched.clear()
+            undo()
+
+        scope.restore = restore
+        patched.append(scope)
+        return scope
 
     return patch

@@ -1,12 +1,14 @@
 """Triton's interpreter, mended, against torch's arithmetic on the same short floats."""
 
 from collections.abc import Callable
+from inspect import getattr_static
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 import moe_ep.kernels  # noqa: F401  # mends the interpreter, where Triton interprets
 from tests.moe_ep.ways import call
@@ -52,6 +54,13 @@ def loop_kernel(n_ptr, y_ptr):
     for i in range(tl.load(n_ptr)):
         total += i
     tl.store(y_ptr, total)
+
+
+@triton.jit
+def sums_kernel(x_ptr, y_ptr):
+    i = tl.arange(0, 16)
+    for row in range(16):
+        tl.store(y_ptr + row, tl.sum(tl.load(x_ptr + row * 16 + i)))  # a device function of Triton's own
 
 
 def _all_bf16() -> torch.Tensor:
@@ -132,3 +141,34 @@ def test_a_dot_multiplies_values_not_bits(dtype: torch.dtype) -> None:
 def test_a_loop_may_run_as_often_as_a_tensor_says() -> None:
     got = interpret("loop_kernel", [torch.tensor([7], dtype=torch.int32)], torch.zeros(1, dtype=torch.int32))
     assert got.item() == 21
+
+
+def _launch_and_look() -> tuple[torch.Tensor, list[str], list[str]]:
+    """The sums of rows, what of the language is not as it was before, and the parts of it that were looked through."""
+    seen: list[str] = []
+
+    def patch(part: Any, *args: Any) -> None:
+        seen.append(part.__name__)
+        original(part, *args)
+
+    def names() -> dict[tuple[str, str], Any]:
+        owners = (tl, tl.math, tl.core, tl.core.tensor, tl.core.dtype)
+        listed = ((owner, name) for owner in owners for name in dir(owner) if name != "__annotations__")
+        return {(owner.__name__, name): getattr_static(owner, name) for owner, name in listed}
+
+    with pytest.MonkeyPatch.context() as patched:
+        original = interpreter._patch_builtin
+        patched.setattr(interpreter, "_patch_builtin", patch)
+        before = names()
+        sums = torch.empty(16)
+        sums_kernel[(4,)](torch.arange(256.0), sums)
+        after = names()
+    assert before.keys() == after.keys()
+    return sums, [name for (owner, name) in before if before[owner, name] is not after[owner, name]], seen
+
+
+def test_a_launch_looks_through_the_language_once_and_leaves_it_as_it_was() -> None:
+    sums, changed, seen = call("interpreter", _launch_and_look)
+    same(sums, torch.arange(256.0).view(16, 16).sum(dim=1))
+    assert changed == []
+    assert seen.count(tl.math.__name__) == 1
