@@ -42,7 +42,7 @@ def shell(script: str, cwd: Path, **env: str) -> "subprocess.CompletedProcess[st
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     environment = {"PATH": path, "HOME": str(cwd), "SCRATCH": str(cwd), **importable(), **env}
     return subprocess.run(
-        ["bash", "-eo", "pipefail", "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+        ["bash", "-eo", "pipefail", "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
     )
 
 

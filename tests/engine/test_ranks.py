@@ -45,7 +45,7 @@ class Service:
 
     def launcher(self, *args: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            self._launcher(*args), cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120
+            self._launcher(*args), cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300
         )
 
     def wait_until_ready(self, attempt: int = 0) -> None:

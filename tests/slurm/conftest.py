@@ -31,14 +31,14 @@ class Lab:
 
     spec: LabSpec
 
-    def run(self, *command: str, cwd: Path, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
+    def run(self, *command: str, cwd: Path, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
         """A command on the login host."""
         env = os.environ | importable() | {"COLUMNS": "200"}
         env.pop("TRITON_INTERPRET", None)  # the cluster file says what the ranks need
         inside = control.inside(self.spec, command)
         return subprocess.run(inside, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
-    def launcher(self, *args: str, cwd: Path, timeout: float = 240) -> "subprocess.CompletedProcess[str]":
+    def launcher(self, *args: str, cwd: Path, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
         """The launcher on the login host."""
         return self.run(sys.executable, "-m", "launcher", *args, cwd=cwd, timeout=timeout)
 

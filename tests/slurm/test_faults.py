@@ -144,7 +144,7 @@ class Run:
         self.until(lambda: any('"latest"' in file.read_text() for file in self.runs.glob("*/events/rank-00000.jsonl")))
         return self
 
-    def until(self, what: Callable[[], bool], seconds: float = 120) -> None:
+    def until(self, what: Callable[[], bool], seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, f"{self.name}: waited in vain"
@@ -163,7 +163,7 @@ class Run:
 
     def broken(self, broke: float | None = None, **extra: Any) -> Broken:
         """What became of it."""
-        out, err = self.process.communicate(timeout=180)
+        out, err = self.process.communicate(timeout=400)
         told = time.time()
         assert out, err
         said = self.breaker.lab.launcher("diagnose", str(self.folder_there), "--json", cwd=self.breaker.folder)
@@ -205,7 +205,7 @@ def takes_too_much_for_torch(b: Breaker) -> Broken:
 
 
 def runs_out_of_time(b: Breaker) -> Broken:
-    return b.start("time", "limits={time_min: 2, signal_s: 10, rank_timeout_s: 60}").broken()
+    return b.start("time", "limits={time_min: 3, signal_s: 10, rank_timeout_s: 60}").broken()
 
 
 def finds_its_ports_taken(b: Breaker) -> Broken:
@@ -306,7 +306,7 @@ def broken(breaker: Breaker) -> Iterator[Callable[[Callable[[Breaker], Broken]],
     """What became of a scenario; all of them are under way from the first question on."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         futures: dict[object, Future[Broken]] = {scenario: pool.submit(scenario, breaker) for scenario in SCENARIOS}
-        yield lambda scenario: futures[scenario].result(timeout=240)
+        yield lambda scenario: futures[scenario].result(timeout=600)
     times = [_times(future.result()) for future in futures.values() if future.exception() is None]
     (breaker.folder / "times.json").write_text(json.dumps(times, indent=2))  # of which docs/faults.md has a table
 

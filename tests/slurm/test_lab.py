@@ -59,7 +59,7 @@ def test_two_labs_stand_side_by_side_and_the_end_of_one_leaves_nothing(lab: Lab)
     folder.rmdir()
     command = [sys.executable, "-m", "launcher", "lab", "run", "--dir", str(folder), "--nodes", "1", "--"]
     done = subprocess.run(
-        [*command, "srun", "-n1", "sh", "-c", "hostname; exit 3"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [*command, "srun", "-n1", "sh", "-c", "hostname; exit 3"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 3, "the command's exit code is the lab's"
     assert done.stdout.split() == [FIRST], done.stderr
@@ -98,7 +98,7 @@ def test_an_ordinary_user_can_have_one() -> None:
         cwd="/tmp",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.stdout.split() == [FIRST, "65534"], done.stderr
     assert list(folder.iterdir()) == []

@@ -159,7 +159,7 @@ def night_in_which_a_node_dies(lab: Lab, cwd: Path) -> tuple[int, dict[str, Any]
             assert process.poll() is None, process.communicate()
             time.sleep(0.3)
         control.node(lab.spec.root, "kill", SECOND)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
         control.node(lab.spec.root, "start", SECOND)

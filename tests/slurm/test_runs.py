@@ -20,8 +20,9 @@ from launcher.slurm import ACTIVE
 from tests.checkout import importable
 from tests.slurm.conftest import CONFIG, Lab
 
-REPEATS = 16
-LONG = f"job.throughput={{batch_sizes: [1, 2, 4], warmup: 0, repeats: {REPEATS}}}"
+REPEATS = 8
+LONG = f"job.throughput={{batch_sizes: [1, 16], warmup: 0, repeats: {REPEATS}}}"
+"""Its first batch size is soon measured, and its second is not."""
 
 
 def run_of(cwd: Path, name: str = "lab-2node") -> Path:
@@ -35,7 +36,7 @@ def status(lab: Lab, cwd: Path, *args: str) -> list[dict[str, Any]]:
     return found
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
@@ -210,7 +211,7 @@ def test_a_dead_node_requeues_the_job_which_goes_on_when_there_are_nodes_again(l
     assert lab.launcher("report", "lab-2node", cwd=tmp_path).returncode == 0
     report = json.loads((run / "report.json").read_text())
     assert report["run"]["attempt"] == 1
-    assert [line["completed"] for line in report["throughput"]] == [REPEATS, 1, 1], (
+    assert [line["completed"] for line in report["throughput"]] == [REPEATS, 1], (
         "measured before the node died, and after"
     )
 
