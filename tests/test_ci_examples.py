@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.checkout import CONFIGS, ROOT, importable
+from tests.waiting import PATIENCE_S
 
 CI = ROOT / "docs" / "ci"
 
@@ -42,7 +43,12 @@ def shell(script: str, cwd: Path, **env: str) -> "subprocess.CompletedProcess[st
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     environment = {"PATH": path, "HOME": str(cwd), "SCRATCH": str(cwd), **importable(), **env}
     return subprocess.run(
-        ["bash", "-eo", "pipefail", "-c", script], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+        ["bash", "-eo", "pipefail", "-c", script],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
 
 

@@ -21,6 +21,7 @@ from moe_ep.headers import read_headers
 from moe_ep.synthetic import write_checkpoint
 from tests.checkout import ROOT, importable
 from tests.launcher.test_report_schema import valid
+from tests.waiting import PATIENCE_S, until
 
 TINY = ROOT / "configs" / "tiny.yaml"
 
@@ -30,7 +31,9 @@ def command(*args: str) -> list[str]:
 
 
 def run(cwd: Path, *args: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command(*args), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command(*args), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=PATIENCE_S
+    )
 
 
 def environment() -> dict[str, str]:
@@ -254,14 +257,15 @@ def seconds_from_failure_to_end(cwd: Path) -> float:
 
 def wait_for(cwd: Path, rank: int, stage: str) -> int:
     """The pid of a rank once it has come some way into a stage."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
+
+    def pid() -> int | None:
         for file in cwd.glob(f"runs/tiny/*/events/rank-{rank:05d}.jsonl"):
             lines = [json.loads(line) for line in file.read_text().splitlines()]
             if any(e["stage"] == stage and e["event"] == "progress" for e in lines):
                 return int(next(e["data"]["pid"] for e in lines if e["event"] == "started"))
-        time.sleep(0.05)
-    raise TimeoutError(f"rank {rank} did not reach {stage}")
+        return None
+
+    return until(pid, lambda: f"for rank {rank} to reach {stage}")
 
 
 @contextmanager
@@ -298,7 +302,7 @@ LONG = "job.throughput={batch_sizes: [1, 16], warmup: 0, repeats: 8}"
 def test_a_rank_killed_in_the_middle_leaves_a_readable_partial_report(tmp_path: Path) -> None:
     with launched(tmp_path, "--set", LONG) as launcher:
         os.kill(wait_for(tmp_path, 2, "throughput"), signal.SIGKILL)
-        out, _ = launcher.communicate(timeout=60)
+        out, _ = launcher.communicate(timeout=PATIENCE_S)
         assert processes_of(launcher.pid) == []
     assert launcher.returncode == 1
     report = read_report(tmp_path)
@@ -322,7 +326,7 @@ def test_a_rank_killed_in_the_middle_leaves_a_readable_partial_report(tmp_path: 
 def test_a_rank_that_stands_still_is_named_when_the_others_have_waited_long_enough(tmp_path: Path) -> None:
     with launched(tmp_path, "--set", LONG, "--set", "limits.rank_timeout_s=5") as launcher:
         os.kill(wait_for(tmp_path, 3, "throughput"), signal.SIGSTOP)
-        launcher.communicate(timeout=60)
+        launcher.communicate(timeout=PATIENCE_S)
         assert processes_of(launcher.pid) == []
     failure = read_report(tmp_path)["failure"]
     assert (failure["rank"], failure["stage"]) == (3, "throughput")
@@ -334,7 +338,7 @@ def test_an_interrupted_run_ends_its_ranks_and_keeps_what_was_done(tmp_path: Pat
         os.killpg(launcher.pid, signal.SIGINT)  # as the terminal does: launcher, controller and ranks
         time.sleep(0.2)
         launcher.terminate()  # and once more, as `timeout` does
-        launcher.communicate(timeout=60)
+        launcher.communicate(timeout=PATIENCE_S)
         assert processes_of(launcher.pid) == []
     assert launcher.returncode == 1
     report = read_report(tmp_path)
@@ -368,7 +372,7 @@ def test_a_rank_that_dies_before_its_first_line_ends_the_run_within_seconds(tmp_
     (tmp_path / "site" / "sitecustomize.py").write_text(broken)
     env = environment() | importable(tmp_path / "site")
     started = time.monotonic()
-    done = subprocess.run(command(), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command(), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
     assert time.monotonic() - started < 60, "far below rank_timeout_s"
     failure = read_report(tmp_path)["failure"]

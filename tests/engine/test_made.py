@@ -13,6 +13,7 @@ from moe_ep.checkpoint import Checkpoint
 from moe_ep.synthetic import TINY, TINY_ATTENTION, write_checkpoint
 from moe_ep.tensors import dense_specs, model_specs
 from tests.checkout import ROOT
+from tests.waiting import PATIENCE_S
 
 
 def test_it_has_every_tensor_of_its_sizes_and_no_other(tmp_path: Path) -> None:
@@ -52,7 +53,7 @@ def test_every_dense_tensor_has_a_place_in_transformers_model() -> None:
 def test_the_command_makes_one_or_says_what_is_wrong(tmp_path: Path) -> None:
     def make(*args: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "moe_ep.synthetic", str(tmp_path / "made"), *args]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
 
     wrong = make("--vocab", "100")
     assert (wrong.returncode, "vocab = 100 must be at least 263" in wrong.stderr) == (2, True)

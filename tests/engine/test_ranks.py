@@ -25,11 +25,11 @@ from launcher.events import read_events
 from moe_ep.synthetic import TINY
 from tests.checkout import CONFIGS, importable
 from tests.engine.dense import greedy
+from tests.waiting import PATIENCE_S, until
 
 MODEL = "tiny-chat"
 KEY = "the key of these tests"
 CHAT: Any = [{"role": "user", "content": "Tell me something."}]
-READY_S = 240.0
 
 
 class Service:
@@ -45,17 +45,23 @@ class Service:
 
     def launcher(self, *args: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            self._launcher(*args), cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300
+            self._launcher(*args),
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
         )
 
     def wait_until_ready(self, attempt: int = 0) -> None:
-        until = time.monotonic() + READY_S
-        while not any(e.stage == "ready" and e.attempt == attempt and e.rank == 0 for e in read_events(self.run_dir)):
-            assert self.process.poll() is None, (self.folder / "log").read_text()
-            assert time.monotonic() < until, (self.folder / "log").read_text()
-            time.sleep(0.2)
-        while not (self.run_dir / "endpoint.json").exists():
-            time.sleep(0.05)
+        log = self.folder / "log"
+
+        def ready() -> bool:
+            assert self.process.poll() is None, log.read_text()
+            return any(e.stage == "ready" and e.attempt == attempt and e.rank == 0 for e in read_events(self.run_dir))
+
+        until(ready, log.read_text)
+        until((self.run_dir / "endpoint.json").exists, log.read_text)
 
     @property
     def run_dir(self) -> Path:
@@ -199,7 +205,7 @@ def test_the_client_knows_the_errors(client: openai.OpenAI, url: str) -> None:
 def test_curl_is_answered(url: str) -> None:
     def curl(path: str, *args: str) -> str:
         command = ["curl", "-sS", "-N", "-H", f"Authorization: Bearer {KEY}", *args, f"{url}{path}"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True).stdout
 
     asked = {"model": MODEL, "prompt": "Once", "max_tokens": 3, "stream": True, "temperature": 0, "ignore_eos": True}
     lines = [line for line in curl("/v1/completions", "-d", json.dumps(asked)).split("\n\n") if line]
@@ -266,8 +272,7 @@ def test_when_a_rank_dies_clients_get_errors_and_the_service_comes_back(
     waiting = [threading.Thread(target=ask) for _ in range(9)]  # more than have a place: some wait in the queue
     for thread in waiting:
         thread.start()
-    while at_work() < 10:
-        time.sleep(0.1)
+    until(lambda: at_work() >= 10)
     os.kill(pids[2], signal.SIGKILL)
     killed = time.monotonic()
     # What the service still says of it, or else the end of the connection.

@@ -26,6 +26,7 @@ from engine.text import Tokenizer
 from moe_ep.synthetic import TINY
 from moe_ep.tokens import write_tokenizer
 from tests.engine.parrot import Alone, Parrot
+from tests.waiting import until
 
 KEY = "a secret of clients"
 MODEL = "parrot"
@@ -104,14 +105,6 @@ def own(folder: Path) -> Iterator[Running]:
     running = Running(folder).begin()
     yield running
     running.end()
-
-
-def until(what: Any) -> None:
-    for _ in range(400):
-        if what():
-            return
-        threading.Event().wait(0.025)
-    raise TimeoutError("it did not become so")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {

@@ -35,6 +35,7 @@ from launcher.plan import make_plan
 from moe_ep.synthetic import write_checkpoint
 from tests.checkout import CONFIGS, importable
 from tests.engines import program
+from tests.waiting import PATIENCE_S, until
 
 PROGRAM = Path(__file__).parent / "program.py"
 LAYOUT = {"vllm": "tp: 2, ep: 1, expert_tp: 2", "sglang": "tp: 1, ep: 2", "tokenspeed": "tp: 2, ep: 2"}
@@ -81,7 +82,7 @@ def launcher(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 
@@ -98,7 +99,7 @@ def submitted(config: Path, **env: str) -> Iterator["subprocess.Popen[str]"]:
         yield process
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=PATIENCE_S)
 
 
 def run_dir(folder: Path) -> Path:
@@ -106,14 +107,12 @@ def run_dir(folder: Path) -> Path:
     return found
 
 
-def endpoint(folder: Path, process: "subprocess.Popen[str]", within_s: float = 60) -> dict[str, Any]:
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline and process.poll() is None:
-        for path in folder.glob("runs/serve/*/endpoint.json"):
-            found: dict[str, Any] = json.loads(path.read_text())
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"not ready: {process.communicate(timeout=10) if process.poll() is not None else 'too slow'}")
+def endpoint(folder: Path, process: "subprocess.Popen[str]") -> dict[str, Any]:
+    def found() -> dict[str, Any]:
+        assert process.poll() is None, f"not ready: {process.communicate(timeout=PATIENCE_S)}"
+        return next((json.loads(path.read_text()) for path in folder.glob("runs/serve/*/endpoint.json")), {})
+
+    return until(found)
 
 
 def ask(url: str, model: str, key: str | None = None) -> Any:
@@ -143,11 +142,9 @@ def test_an_engine_is_brought_up_answers_and_is_told_to_end(engine: str, checkpo
         assert ask(url, "tiny", "secret" if key else None)["choices"][0]["text"]
         assert launcher(tmp_path, "url", "serve").stdout.strip() == url
         if engine != "tokenspeed":
-            deadline = time.monotonic() + 20
-            while "serving" not in stages(tmp_path, 1) and time.monotonic() < deadline:
-                time.sleep(0.2)
+            until(lambda: "serving" in stages(tmp_path, 1))
         assert launcher(tmp_path, "cancel", "serve").returncode == 0
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=PATIENCE_S)
     assert stages(tmp_path, 0) == ["starting", "loading", "warming", "ready", "serving", "draining", "done"], err
     warmed = next(e["data"] for e in events(tmp_path, 0) if e["event"] == "end" and e["stage"] == "warming")
     report = json.loads((run_dir(tmp_path) / "report.json").read_text())
@@ -171,7 +168,7 @@ def test_an_engine_that_dies_while_it_loads_fails_the_run_with_the_end_of_its_lo
     checkpoint: Path, tmp_path: Path
 ) -> None:
     with submitted(write_config(tmp_path, "vllm", checkpoint), ENGINE_TEST="die-loading") as process:
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 1
     (failed,) = [event for event in events(tmp_path, 0) if event["event"] == "failed"]
     assert failed["stage"] == "loading"
@@ -268,10 +265,7 @@ def test_a_node_ends_with_the_service_however_short_its_draining_was(tmp_path: P
     with ExitStack() as stack:
         Thread(target=other.run, args=[Phases(EventLog(tmp_path, 1, 1), stack)], daemon=True).start()
         assert other.told.wait(10)
-        deadline = time.monotonic() + 10
-        while other.phases.name != "done" and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert other.phases.name == "done"
+        until(lambda: other.phases.name == "done")
 
 
 def test_an_engine_that_is_told_to_end_before_it_is_ready_has_not_completed(tmp_path: Path) -> None:
@@ -299,7 +293,7 @@ def test_an_engine_that_dies_ends_the_service_and_leaves_nothing_running(checkpo
         where = endpoint(tmp_path, process)
         with pytest.raises(OSError, match=r"."):
             urllib.request.urlopen(f"http://127.0.0.1:{where['port']}/die", timeout=10)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 1
     (failed,) = [event for event in events(tmp_path, 0) if event["event"] == "failed"]
     assert failed["stage"] == "serving"
@@ -318,10 +312,7 @@ def test_an_engine_that_hangs_after_it_was_ready_has_failed_and_is_started_again
         port = endpoint(tmp_path, process)["port"]
         with pytest.raises(OSError, match=r"."):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/hang", timeout=0.2)
-        deadline = time.monotonic() + 60
-        while endpoint(tmp_path, process)["attempt"] == 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until(lambda: endpoint(tmp_path, process)["attempt"] != 0)
         assert ask(f"http://127.0.0.1:{endpoint(tmp_path, process)['port']}", "tiny")["choices"][0]["text"]
     (error,) = [e["error"] for e in events(tmp_path, 0) if e["event"] == "failed" and e["attempt"] == 0]
     assert error["type"] == "EngineHungError"
@@ -345,15 +336,11 @@ def test_the_health_of_an_engine_that_answers_again_is_good_and_one_failure_is_n
     monkeypatch.setattr(engine_health, "answers", answers)
     health = engine_health.Health("vllm on node-0", service, "secret", 0.3)
     health.raise_if_hung()
-    deadline = time.monotonic() + 10
-    while len(asked) < 5:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: len(asked) >= 5)
     with pytest.raises(engine_health.EngineHungError, match=r"vllm on node-0 was ready.*engine.health_s 0.3"):
         health.raise_if_hung()
     well.set()
-    while not asked[-1]:
-        time.sleep(0.05)
+    until(lambda: asked[-1])
     time.sleep(0.05)
     health.raise_if_hung()
     health.end()
@@ -365,15 +352,13 @@ def test_the_health_of_an_engine_that_answers_again_is_good_and_one_failure_is_n
 )
 def test_an_engine_that_a_signal_ended_is_told_with_its_name(number: int, name: str) -> None:
     process = EngineProcess(["sh", "-c", f"kill -{number} $$; sleep 5"], os.environ, lambda _: None)
-    deadline = time.monotonic() + 10
-    while process.exit_code is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: process.exit_code is not None)
     assert str(process.died("vllm")) == f"vllm ended by itself: signal {name}"
 
 
 def test_a_program_that_is_not_there_is_named(checkpoint: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, "vllm", checkpoint, command=["no-such-engine", "serve"])
     with submitted(config) as process:
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE_S)
     (failed,) = [event for event in events(tmp_path, 0) if event["event"] == "failed"]
     assert "engine.command: no-such-engine: not found on" in failed["error"]["text"]

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from launcher.events import read_events
 from launcher.fit import plan_memory
 from tests.checkout import ROOT
 from tests.launcher.plans import fixed_plan
+from tests.waiting import PATIENCE_S, until
 
 REQUEST = fixed_plan("tiny").request()
 
@@ -83,12 +83,9 @@ def test_a_signal_writes_a_last_event_and_ends_the_rank_at_once(
 ) -> None:
     environ = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     rank = subprocess.Popen([sys.executable, "-c", WAITING, str(tmp_path)], cwd=ROOT, env=environ)
-    deadline = time.monotonic() + 30
-    while not list(tmp_path.glob("events/*")) or not lines(tmp_path):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: list(tmp_path.glob("events/*")) and lines(tmp_path))
     rank.send_signal(number)
-    assert rank.wait(timeout=10) == 128 + number
+    assert rank.wait(timeout=30) == 128 + number
     last = lines(tmp_path)[-1]
     assert (last["stage"], last["event"]) == ("throughput", "failed")
     error = last["error"]
@@ -153,12 +150,9 @@ def test_a_service_that_is_told_of_the_time_limit_ends_by_itself_if_it_is_quick(
     grace: float, code: int, last: str, tmp_path: Path
 ) -> None:
     rank = subprocess.Popen([sys.executable, "-c", DRAINING, str(tmp_path), str(grace)], cwd=ROOT)
-    deadline = time.monotonic() + 30
-    while not list(tmp_path.glob("events/*")) or not lines(tmp_path):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: list(tmp_path.glob("events/*")) and lines(tmp_path))
     rank.send_signal(signal.SIGUSR2)
-    assert rank.wait(timeout=30) == code
+    assert rank.wait(timeout=PATIENCE_S) == code
     assert lines(tmp_path)[-1]["event"] == last
     assert (tmp_path / "why").read_text() == "time limit is near (SIGUSR2)"
 

@@ -16,6 +16,7 @@ from tests.checkout import ROOT, importable
 from tests.holes import model_of, write_holes
 from tests.launcher.plans import fixed_plan
 from tests.launcher.probes import write_probe
+from tests.waiting import PATIENCE_S
 
 PARITY = {"relative_error": 3e-3, "routing": "hash"}
 
@@ -23,7 +24,7 @@ PARITY = {"relative_error": 3e-3, "routing": "hash"}
 def launcher(*args: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     env = os.environ | importable() | {"COLUMNS": "100"} | environment
     return subprocess.run(
-        [sys.executable, "-m", "launcher", *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "launcher", *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE_S
     )
 
 

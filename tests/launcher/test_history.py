@@ -14,6 +14,7 @@ from launcher.history import History, Record
 from launcher.sample import Sample
 from tests.checkout import importable
 from tests.launcher.samples import sample
+from tests.waiting import PATIENCE_S
 
 
 def record(one: Sample, verdict: str = "passed", night: str = "night") -> Record:
@@ -57,7 +58,7 @@ def test_two_nightlies_write_at_once(tmp_path: Path) -> None:
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITER, night, str(tmp_path)], env=env) for night in ("one", "two")
     ]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    assert [writer.wait(timeout=PATIENCE_S) for writer in writers] == [0, 0]
     found = [r.sample.run_id for r in History(tmp_path).records()]
     assert found == [f"{night}-{i:03d}" for night in ("one", "two") for i in range(40)]
 

@@ -22,6 +22,7 @@ from moe_ep.headers import CONFIG, INDEX
 from moe_ep.reading import buffer_bytes
 from moe_ep.synthetic import write_checkpoint
 from tests.checkout import CONFIGS, ROOT, importable
+from tests.waiting import PATIENCE_S
 
 PUBLISHED_DENSE = (
     "shared experts",
@@ -268,7 +269,7 @@ def test_a_checkpoint_that_may_not_be_looked_at_from_here_is_planned_from_the_mo
 def launcher(cwd: Path, *args: str) -> "subprocess.CompletedProcess[str]":
     env = os.environ | importable() | {"COLUMNS": "120", "SCRATCH": str(cwd)}
     command = [sys.executable, "-m", "launcher", *args]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def test_the_command_shows_items_nodes_and_verdicts_and_exits_by_the_job(tmp_path: Path) -> None:

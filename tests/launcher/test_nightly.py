@@ -29,6 +29,7 @@ from launcher.summary import show, summary_of
 from tests.checkout import CONFIGS, importable
 from tests.launcher.probes import write_probe
 from tests.launcher.samples import sample
+from tests.waiting import PATIENCE_S, until
 
 LIMITS = Limits(time_min=60, stall_s=100, pending_s=1000)
 
@@ -299,14 +300,11 @@ def test_a_nightly_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launcher", "nightly", str(CONFIGS / "tiny.yaml"), "--history", "history", *SMALL]
     env = os.environ | importable()
     first = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("runs/tiny/*/events/rank-00000.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: list(tmp_path.glob("runs/tiny/*/events/rank-00000.jsonl")))
     os.kill(first.pid, signal.SIGKILL)
     first.communicate()
     done = subprocess.run(
-        [*command, "--json", "--resume"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+        [*command, "--json", "--resume"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert "going on with night" in done.stderr
     summary = json.loads(done.stdout)
@@ -320,7 +318,7 @@ def test_two_nightlies_at_once_keep_what_both_measured(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launcher", "nightly", str(CONFIGS / "tiny.yaml"), "--history", "history", *SMALL]
     command += ["--set", "backend.impl=reference"]
     both = [subprocess.Popen(command, cwd=tmp_path, env=os.environ | importable()) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [process.wait(timeout=PATIENCE_S) for process in both] == [0, 0]
     history = History(tmp_path / "history")
     found = history.records()
     assert len({record.night for record in found}) == len({record.sample.run_id for record in found}) == 2

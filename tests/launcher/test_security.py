@@ -22,6 +22,7 @@ from launcher.runs import find_run, record_submission
 from tests.checkout import CONFIGS, ROOT, importable
 from tests.launcher.plans import fixed_plan
 from tests.launcher.probes import write_probe
+from tests.waiting import PATIENCE_S
 
 SECRET = "s3cr3t-c0rrect-horse"
 
@@ -132,7 +133,7 @@ def test_no_value_of_a_yaml_is_run_by_the_batch_script(tmp_path: Path, value: st
     env = {"PATH": f"{commands}:/usr/bin:/bin", "HOME": str(tmp_path), "SLURM_JOB_ID": "7"}
     work = tmp_path / "work"
     work.mkdir()
-    done = subprocess.run(["bash", str(script)], cwd=work, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", str(script)], cwd=work, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert list(work.iterdir()) == []
     assert not list(tmp_path.rglob("PWNED"))

@@ -15,6 +15,7 @@ from launcher.errors import InputError
 from launcher.plan import Plan, make_plan, problems_on_site
 from launcher.render import sbatch_script
 from tests.checkout import CONFIGS
+from tests.waiting import PATIENCE_S
 
 TINY = CONFIGS / "serve-tiny.yaml"
 LAB = CONFIGS / "serve-lab.yaml"
@@ -158,7 +159,7 @@ def test_the_batch_script_begins_anew_when_a_service_broke(
     script = tmp_path / "script"
     script.write_text(sbatch_script(plan))
     env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
-    done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == code, done.stderr
     assert (tmp_path / "ran").read_text().split() == [str(n) for n in range(runs)]
     (ended,) = (plan.run_dir / "events" / "batch.jsonl").read_text().splitlines()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moe_ep.comm import Group, Pending
 from moe_ep.comm.watch import Watch
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]  # not in __all__
@@ -29,9 +30,7 @@ def check_who_is_waited_for(
     torch.cuda.synchronize()
     if rank == 0:
         late = begin("layer 1")
-        deadline = time.monotonic() + 20
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until(lambda: said)
         assert "layer 1: all_reduce (number 2) waits for" in said[0]
         assert "not entered by rank 1 of 2: rank 1 last entered layer 0: all_reduce (number 1)" in said[0]
     else:

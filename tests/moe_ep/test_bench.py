@@ -28,6 +28,7 @@ from moe_ep.bench.tuner import families, table_of, tuned_impl
 from moe_ep.kernels.launch import Gemm, LaunchConfig
 from tests.engines.on_cpu import forgotten, installed_at
 from tests.gfx942.driver import emulated
+from tests.waiting import PATIENCE_S
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]
@@ -305,7 +306,7 @@ def test_fp8_s_tiles_are_measured_beside_those_of_bf16_in_one_table(
 def _module(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", module, *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S, check=False)
 
 
 def test_the_tuner_writes_a_table_that_is_then_used(tmp_path: Path) -> None:

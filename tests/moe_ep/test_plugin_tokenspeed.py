@@ -23,6 +23,7 @@ from tests.checkout import ROOT, importable
 from tests.engines.on_cpu import STANDINS, claim_platform, forgotten, installed_at
 from tests.moe_ep.experts import Experts, Tokens, by_formula, make_experts, make_tokens, relative_error
 from tests.moe_ep.ways import Way, running
+from tests.waiting import PATIENCE_S
 
 EXPERTS, HIDDEN, INNER, TOP_K = 6, 128, 128, 3
 TOLERANCE = 8e-3
@@ -207,7 +208,7 @@ def test_a_backend_that_was_selected_already_is_not_replaced(monkeypatch: pytest
 def test_the_schedulers_that_an_engine_spawns_have_registered() -> None:
     command = [sys.executable, "-m", "moe_ep.plugins.tokenspeed_engine", "--port", "1"]
     env = os.environ | importable(STANDINS / "seed")
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout.split() == ["moe_ep.plugins.tokenspeed_backends", "--port", "1"], done.stderr
 
 

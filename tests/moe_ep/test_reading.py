@@ -21,6 +21,7 @@ from moe_ep.ranges import GAP_SHARE, MOST_PARTS, READ_BYTES, Piece, plan_reads
 from moe_ep.reading import Progress, StalledError, aligned_memory, buffer_bytes, fetch
 from moe_ep.targets import copy_into, into_columns
 from moe_ep.tensors import TensorSpec
+from tests.waiting import PATIENCE_S
 
 SIZE = 300_000
 CONTENT = bytes(os.urandom(SIZE))
@@ -279,7 +280,7 @@ fetch(plan_reads([Piece("t", file, 0, 100, memoryview(bytearray(100)))]), stamps
 
 def test_a_process_whose_read_hangs_ends_all_the_same(file: Path) -> None:
     command = [sys.executable, "-c", HANGING, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 1
     assert "StalledError: no byte has arrived" in done.stderr
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from moe_ep.comm import Group
 from moe_ep.comm.watch import Watch
 from tests.moe_ep.test_layer import on_ranks
+from tests.waiting import until
 
 RANKS = (4, 5, 6)
 
@@ -42,11 +43,7 @@ class Ranks:
         return self.watches[rank].entered(what, work), work
 
     def wait_for_words_of(self, rank: int) -> str:
-        deadline = time.monotonic() + 10
-        while not self.said[rank]:
-            assert time.monotonic() < deadline, "nothing was said"
-            time.sleep(0.01)
-        return self.said[rank][0]
+        return until(lambda: self.said[rank])[0]
 
 
 @pytest.fixture
@@ -110,9 +107,7 @@ def freezes_within_a_collective(rank: int, world: int) -> None:
         store.wait(["frozen"])
         time.sleep(0.1)
         pending = group.all_reduce(torch.ones(4), "layer 7 combine")
-        deadline = time.monotonic() + 10
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: said)
         store.set(f"said/{rank}", "")
         if rank == 0:
             store.wait(["said/1"])
@@ -139,9 +134,7 @@ def test_a_store_that_is_gone_ends_no_watch() -> None:
     said: list[str] = []
     watch = Watch(Gone(), "whole", 4, RANKS, 0.4, said.append)  # type: ignore[arg-type]
     watch.entered("layer 3 combine: all_reduce", Work())
-    deadline = time.monotonic() + 10
-    while not said and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: said)
     watch.close()
     assert "layer 3 combine: all_reduce (number 1) waits for" in said[0]
     assert said[0].endswith("the ranks' store does not answer: Broken pipe")

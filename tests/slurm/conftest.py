@@ -14,6 +14,7 @@ import pytest
 from launcher.lab import control
 from launcher.lab.spec import LabSpec, missing_packages
 from tests.checkout import ROOT, importable
+from tests.waiting import PATIENCE_S
 
 CONFIG = ROOT / "configs" / "lab-2node.yaml"
 
@@ -31,16 +32,16 @@ class Lab:
 
     spec: LabSpec
 
-    def run(self, *command: str, cwd: Path, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
+    def run(self, *command: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
         """A command on the login host."""
         env = os.environ | importable() | {"COLUMNS": "200"}
         env.pop("TRITON_INTERPRET", None)  # the cluster file says what the ranks need
         inside = control.inside(self.spec, command)
-        return subprocess.run(inside, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(inside, cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
 
-    def launcher(self, *args: str, cwd: Path, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
+    def launcher(self, *args: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
         """The launcher on the login host."""
-        return self.run(sys.executable, "-m", "launcher", *args, cwd=cwd, timeout=timeout)
+        return self.run(sys.executable, "-m", "launcher", *args, cwd=cwd)
 
     def ask(self, *command: str) -> str:
         """What a Slurm command prints."""

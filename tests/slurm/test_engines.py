@@ -12,7 +12,8 @@ from moe_ep.synthetic import write_checkpoint
 from tests.checkout import CONFIGS
 from tests.engines.test_external import PROGRAM, START
 from tests.slurm.conftest import Lab
-from tests.slurm.test_runs import run_of, status, wait_for
+from tests.slurm.test_runs import run_of, status
+from tests.waiting import until
 
 
 def write_config(folder: Path, engine: str, layout: str, env: dict[str, str]) -> Path:
@@ -47,7 +48,7 @@ def test_vllm_serves_over_two_nodes_until_it_is_cancelled(lab: Lab, tmp_path: Pa
     config = write_config(tmp_path, "vllm", "tp: 4, ep: 1, expert_tp: 4", {"ENGINE_TEST": "own-ranks"})
     done = lab.launcher("submit", str(config), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    wait_for(lambda: "ready" in found(lab, tmp_path)["progress"] or found(lab, tmp_path)["state"] == "failed", 60)
+    until(lambda: "ready" in found(lab, tmp_path)["progress"] or found(lab, tmp_path)["state"] == "failed")
     url = lab.launcher("url", "serve", cwd=tmp_path).stdout.strip()
     assert url.startswith("http://nid"), found(lab, tmp_path)
     code = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1] + '/v1/models', timeout=20).read().decode())"
@@ -56,7 +57,7 @@ def test_vllm_serves_over_two_nodes_until_it_is_cancelled(lab: Lab, tmp_path: Pa
     assert json.loads(answer.stdout)["data"][0]["id"] == "tiny"
     assert lab.launcher("cancel", "serve", cwd=tmp_path).returncode == 0
     run = run_of(tmp_path, "serve")
-    wait_for(lambda: all(stages(run, rank)[-1] == "done" for rank in range(4)), 60)
+    until(lambda: all(stages(run, rank)[-1] == "done" for rank in range(4)))
     assert stages(run, 0) == ["starting", "loading", "warming", "ready", "draining", "done"]
     for rank, node in ((0, 0), (2, 1)):
         log = lab.launcher("logs", "serve", "--rank", str(rank), cwd=tmp_path).stdout

@@ -25,6 +25,7 @@ from tests.checkout import importable
 from tests.slurm import faulty
 from tests.slurm.conftest import CONFIG, Lab
 from tests.slurm.test_runs import process_of_rank
+from tests.waiting import PATIENCE_S, until
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="disks that break need root")
 
@@ -144,12 +145,12 @@ class Run:
         self.until(lambda: any('"latest"' in file.read_text() for file in self.runs.glob("*/events/rank-00000.jsonl")))
         return self
 
-    def until(self, what: Callable[[], bool], seconds: float = 300) -> None:
-        deadline = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < deadline, f"{self.name}: waited in vain"
+    def until(self, what: Callable[[], bool]) -> None:
+        def met() -> bool:
             assert self.process.poll() is None, self.process.communicate()
-            time.sleep(0.2)
+            return what()
+
+        until(met, lambda: f"for run {self.name}")
 
     @property
     def job_id(self) -> str:
@@ -163,7 +164,7 @@ class Run:
 
     def broken(self, broke: float | None = None, **extra: Any) -> Broken:
         """What became of it."""
-        out, err = self.process.communicate(timeout=400)
+        out, err = self.process.communicate(timeout=PATIENCE_S)
         told = time.time()
         assert out, err
         said = self.breaker.lab.launcher("diagnose", str(self.folder_there), "--json", cwd=self.breaker.folder)
@@ -173,13 +174,14 @@ class Run:
         return Broken(self.process.returncode, json.loads(out), answer, err, self.folder, told, ended, broke, extra)
 
     def _ended(self) -> float:
-        deadline = time.monotonic() + 150  # accounting comes back some time after a controller that was killed
-        while True:
+        """Accounting comes back some time after a controller that was killed."""
+
+        def end() -> str:
             ends = self.breaker.lab.ask("sacct", "-n", "-P", "-X", "-D", "-o", "End", "-j", self.job_id).splitlines()
-            if ends and ends[-1] not in ("Unknown", ""):
-                return datetime.fromisoformat(ends[-1]).timestamp()
-            assert time.monotonic() < deadline, f"{self.name}: accounting knows no end of job {self.job_id}"
-            time.sleep(0.5)
+            return ends[-1] if ends and ends[-1] != "Unknown" else ""
+
+        found = until(end, lambda: f"for the end of job {self.job_id}, run {self.name}")
+        return datetime.fromisoformat(found).timestamp()
 
 
 def raises(b: Breaker) -> Broken:
@@ -212,10 +214,7 @@ def finds_its_ports_taken(b: Breaker) -> Broken:
     out = b.folder / "hog.out"
     wrap = f"--wrap=python3 {b.folder}/faulty/hog.py"
     hog = b.lab.ask("sbatch", "--parsable", "-w", PORTS, "--mem=200", "-o", str(out), wrap)
-    deadline = time.monotonic() + 30
-    while not (out.exists() and "held" in out.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    until(lambda: out.exists() and "held" in out.read_text())
     try:
         return b.start("ports", on=PORTS).broken()
     finally:
@@ -257,13 +256,12 @@ def is_cut_off(b: Breaker) -> Broken:
 
 def down_since(lab: Lab, node: str) -> float:
     """When Slurm saw that a node is gone; waits for it."""
-    deadline = time.monotonic() + 90
-    while True:
-        state, since = lab.ask("sinfo", "-h", "-N", "-p", lab.spec.partition, "-n", node, "-o", "%t|%H").split("|")
-        if state.startswith("down"):
-            return datetime.fromisoformat(since).timestamp()
-        assert time.monotonic() < deadline, state
-        time.sleep(0.3)
+
+    def since() -> str:
+        state, begun = lab.ask("sinfo", "-h", "-N", "-p", lab.spec.partition, "-n", node, "-o", "%t|%H").split("|")
+        return begun if state.startswith("down") else ""
+
+    return datetime.fromisoformat(until(since)).timestamp()
 
 
 def is_preempted(b: Breaker) -> Broken:
@@ -306,7 +304,7 @@ def broken(breaker: Breaker) -> Iterator[Callable[[Callable[[Breaker], Broken]],
     """What became of a scenario; all of them are under way from the first question on."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         futures: dict[object, Future[Broken]] = {scenario: pool.submit(scenario, breaker) for scenario in SCENARIOS}
-        yield lambda scenario: futures[scenario].result(timeout=600)
+        yield lambda scenario: futures[scenario].result(timeout=2 * PATIENCE_S)
     times = [_times(future.result()) for future in futures.values() if future.exception() is None]
     (breaker.folder / "times.json").write_text(json.dumps(times, indent=2))  # of which docs/faults.md has a table
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from launcher.lab import control
 from launcher.lab.spec import LabSpec, missing_packages
 from tests.checkout import ROOT
 from tests.slurm.conftest import Lab
+from tests.waiting import PATIENCE_S, until
 
 FIRST, SECOND = "nid001001", "nid001002"
 
@@ -24,11 +24,8 @@ def states(lab: Lab) -> dict[str, str]:
     return dict(line.split() for line in lab.ask("sinfo", "-h", "-N", "-o", "%N %t").splitlines())
 
 
-def wait_until(lab: Lab, node: str, state: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while states(lab)[node].rstrip("*") != state:
-        assert time.monotonic() < deadline, states(lab)
-        time.sleep(0.3)
+def wait_until(lab: Lab, node: str, state: str) -> None:
+    until(lambda: states(lab)[node].rstrip("*") == state, lambda: states(lab))
 
 
 def test_its_nodes_look_like_beverins(lab: Lab) -> None:
@@ -59,7 +56,11 @@ def test_two_labs_stand_side_by_side_and_the_end_of_one_leaves_nothing(lab: Lab)
     folder.rmdir()
     command = [sys.executable, "-m", "launcher", "lab", "run", "--dir", str(folder), "--nodes", "1", "--"]
     done = subprocess.run(
-        [*command, "srun", "-n1", "sh", "-c", "hostname; exit 3"], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [*command, "srun", "-n1", "sh", "-c", "hostname; exit 3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 3, "the command's exit code is the lab's"
     assert done.stdout.split() == [FIRST], done.stderr
@@ -98,7 +99,7 @@ def test_an_ordinary_user_can_have_one() -> None:
         cwd="/tmp",
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
     )
     assert done.stdout.split() == [FIRST, "65534"], done.stderr
     assert list(folder.iterdir()) == []
@@ -116,13 +117,9 @@ def test_a_node_can_be_killed_and_started_again(lab: Lab) -> None:
 def test_slurmd_can_be_stopped_while_its_tasks_go_on(lab: Lab, tmp_path: Path) -> None:
     marker = tmp_path / "done"
     lab.ask("sbatch", "-w", SECOND, "-o", "/dev/null", f"--wrap=sleep 4; touch {marker}")
-    deadline = time.monotonic() + 20
-    while "R" not in lab.ask("squeue", "-h", "-o", "%t"):
-        assert time.monotonic() < deadline
+    until(lambda: "R" in lab.ask("squeue", "-h", "-o", "%t"))
     control.node(lab.spec.root, "stop", SECOND)
-    while not marker.exists():
-        assert time.monotonic() < deadline + 20, "the task goes on without slurmd"
-        time.sleep(0.2)
+    until(marker.exists, lambda: "for the task to go on without slurmd")
     assert control.status(lab.spec.root)[SECOND], "the host is up"
     control.node(lab.spec.root, "start", SECOND)
     wait_until(lab, SECOND, "idle")
@@ -139,7 +136,7 @@ def test_a_client_that_says_nothing_does_not_end_the_lab(lab: Lab) -> None:
 @pytest.mark.nightly  # every day test_faults cuts one off
 def test_a_node_can_be_cut_from_the_network_and_mended(lab: Lab) -> None:
     control.node(lab.spec.root, "cut", SECOND)
-    wait_until(lab, SECOND, "down", seconds=90)
+    wait_until(lab, SECOND, "down")
     control.node(lab.spec.root, "mend", SECOND)
     wait_until(lab, SECOND, "idle")
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from launcher.lab import control
 from launcher.processes import children
 from tests.checkout import importable
 from tests.slurm.conftest import CONFIG, Lab
+from tests.waiting import PATIENCE_S, until
 
 # Ranks that this folder's Python starts rest in every timed pass until a second and a half are over, so that passes
 # take the same time on a busy machine; and longer by the fraction that SLOWER says.
@@ -134,14 +134,15 @@ def kill_a_nightly_once_it_has_submitted(lab: Lab, cwd: Path) -> None:
     runs = cwd / "runs" / "lab-2node"
     before = len(list(runs.glob("*/submissions.json")))
     process = begun(lab, cwd)
-    deadline = time.monotonic() + 60
-    # The id is written once sbatch has answered.
-    while len([file for file in runs.glob("*/submissions.json") if '"job_id": ""' not in file.read_text()]) == before:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+
+    def submitted() -> bool:
+        """The id is written once sbatch has answered."""
+        return len([f for f in runs.glob("*/submissions.json") if '"job_id": ""' not in f.read_text()]) != before
+
+    until(submitted)
     for pid in children(process.pid):
         os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE_S)
 
 
 def night_in_which_a_node_dies(lab: Lab, cwd: Path) -> tuple[int, dict[str, Any]]:
@@ -149,17 +150,16 @@ def night_in_which_a_node_dies(lab: Lab, cwd: Path) -> tuple[int, dict[str, Any]
     runs = cwd / "runs" / "lab-2node"
     before = set(runs.iterdir())
     try:
-        deadline = time.monotonic() + 60
-        while not any(
-            "expert_load" in file.read_text()
-            for run in set(runs.iterdir()) - before
-            for file in run.glob("events/rank-00000.jsonl")
-        ):
-            assert time.monotonic() < deadline
+
+        def measuring() -> bool:
             assert process.poll() is None, process.communicate()
-            time.sleep(0.3)
+            ours = set(runs.iterdir()) - before
+            files = (file for run in ours for file in run.glob("events/rank-00000.jsonl"))
+            return any("expert_load" in file.read_text() for file in files)
+
+        until(measuring)
         control.node(lab.spec.root, "kill", SECOND)
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
         control.node(lab.spec.root, "start", SECOND)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from launcher.render import sbatch_script
 from launcher.slurm import ACTIVE
 from tests.checkout import importable
 from tests.slurm.conftest import CONFIG, Lab
+from tests.waiting import PATIENCE_S, until
 
 REPEATS = 8
 LONG = f"job.throughput={{batch_sizes: [1, 16], warmup: 0, repeats: {REPEATS}}}"
@@ -34,13 +34,6 @@ def status(lab: Lab, cwd: Path, *args: str) -> list[dict[str, Any]]:
     done = lab.launcher("status", *args, "--json", cwd=cwd)
     found: list[dict[str, Any]] = json.loads(done.stdout)["runs"]
     return found
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
 
 
 def measuring(lab: Lab, cwd: Path, name: str) -> bool:
@@ -75,11 +68,11 @@ def process_of_rank(lab: Lab, job_id: str, rank: int) -> int:
 @pytest.mark.nightly  # every day test_faults kills one
 def test_a_rank_killed_on_a_node_is_the_one_that_is_named(lab: Lab, tmp_path: Path) -> None:
     assert lab.launcher("submit", str(CONFIG), "--set", LONG, cwd=tmp_path).returncode == 0
-    wait_for(lambda: measuring(lab, tmp_path, "lab-2node"))
+    until(lambda: measuring(lab, tmp_path, "lab-2node"))
     job_id = status(lab, tmp_path)[0]["job_id"]
     killed = time.monotonic()
     os.kill(process_of_rank(lab, job_id, 3), signal.SIGKILL)
-    wait_for(lambda: status(lab, tmp_path)[0]["state"] == "failed")
+    until(lambda: status(lab, tmp_path)[0]["state"] == "failed")
     assert time.monotonic() - killed < 60
     (found,) = status(lab, tmp_path)
     assert (found["first_failing_rank"], found["reason"].split(":")[0]) == (3, "Vanished")
@@ -118,7 +111,7 @@ def test_a_run_over_two_nodes_ends_with_a_report(lab: Lab, tmp_path: Path) -> No
     assert report["ranks"][3]["environment"]["env"].get("ROCR_VISIBLE_DEVICES") is None, "unset for the ranks"
     assert report["selector"]["by_rank"] == {str(r): "triton_kernel" for r in range(4)}
     job_id = json.loads((run / "submissions.json").read_text())[0]["job_id"]
-    wait_for(lambda: accounted(lab, job_id) == "COMPLETED")
+    until(lambda: accounted(lab, job_id) == "COMPLETED")
     # The batch script bears witness of the end, and has tidied up.
     (line,) = (run / "events" / "batch.jsonl").read_text().splitlines()
     assert json.loads(line)["data"] == {"exit": 0, "job_id": job_id}
@@ -144,7 +137,7 @@ def test_a_job_is_watched_cancelled_and_resumed(lab: Lab, tmp_path: Path) -> Non
     assert "is queued on lab" in first.stdout
     both = ["--set", "run.name=second", "--set", "cluster.mem_mb=500000"]  # no room beside the first
     assert lab.launcher("submit", str(CONFIG), *both, cwd=tmp_path).returncode == 0
-    wait_for(lambda: measuring(lab, tmp_path, "first"))
+    until(lambda: measuring(lab, tmp_path, "first"))
     found = {line["name"]: line for line in status(lab, tmp_path)}
     assert found["first"]["state"] == "running"
     assert (found["first"]["limit"], found["first"]["first_failing_rank"]) == ("10:00", None)
@@ -157,7 +150,7 @@ def test_a_job_is_watched_cancelled_and_resumed(lab: Lab, tmp_path: Path) -> Non
 
     assert lab.launcher("cancel", "second", cwd=tmp_path).returncode == 0
     assert lab.launcher("cancel", "first", cwd=tmp_path).returncode == 0
-    wait_for(lambda: {line["state"] for line in status(lab, tmp_path)} == {"cancelled"})
+    until(lambda: {line["state"] for line in status(lab, tmp_path)} == {"cancelled"})
     assert on_nodes(run_of(tmp_path, "first")) == 0, "the ranks tidied up on their way out"
     (line,) = (run_of(tmp_path, "first") / "events" / "batch.jsonl").read_text().splitlines()
     assert json.loads(line)["event"] == "ended", "the batch script lived to see it"
@@ -198,16 +191,16 @@ def test_a_rank_that_fails_ends_the_step_and_is_named(lab: Lab, tmp_path: Path) 
 
 def test_a_dead_node_requeues_the_job_which_goes_on_when_there_are_nodes_again(lab: Lab, tmp_path: Path) -> None:
     assert lab.launcher("submit", str(CONFIG), "--set", LONG, cwd=tmp_path).returncode == 0
-    wait_for(lambda: measuring(lab, tmp_path, "lab-2node"))
+    until(lambda: measuring(lab, tmp_path, "lab-2node"))
     run = run_of(tmp_path)
     request = json.loads((run / "request.json").read_text())
     (run / "request.json").write_text(json.dumps(request | {"repeats": 1}))
     control.node(lab.spec.root, "kill", "nid001002")
     try:
-        wait_for(lambda: status(lab, tmp_path)[0]["state"] == "pending")
+        until(lambda: status(lab, tmp_path)[0]["state"] == "pending")
     finally:
         control.node(lab.spec.root, "start", "nid001002")
-    wait_for(lambda: status(lab, tmp_path)[0]["state"] == "completed")
+    until(lambda: status(lab, tmp_path)[0]["state"] == "completed")
     assert lab.launcher("report", "lab-2node", cwd=tmp_path).returncode == 0
     report = json.loads((run / "report.json").read_text())
     assert report["run"]["attempt"] == 1
@@ -237,15 +230,15 @@ def test_a_following_launcher_that_is_told_to_stop_leaves_the_job_alone(lab: Lab
         text=True,
         start_new_session=True,
     )
-    wait_for(lambda: bool(list(tmp_path.glob("runs/*/*/events/rank-00000.jsonl"))))
+    until(lambda: list(tmp_path.glob("runs/*/*/events/rank-00000.jsonl")))
     os.killpg(follower.pid, signal.SIGINT)
-    _, err = follower.communicate(timeout=30)
+    _, err = follower.communicate(timeout=PATIENCE_S)
     assert "the job goes on" in err
     (found,) = status(lab, tmp_path)
     assert found["state"] == "running"
     job_id = found["job_id"]
     assert lab.launcher("cancel", "lab-2node", cwd=tmp_path).returncode == 0
-    wait_for(lambda: accounted(lab, job_id).split()[0] not in ACTIVE)
+    until(lambda: accounted(lab, job_id).split()[0] not in ACTIVE)
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "cancel", "resume", "report"])

@@ -12,7 +12,8 @@ import pytest
 
 from tests.checkout import CONFIGS
 from tests.slurm.conftest import Lab
-from tests.slurm.test_runs import process_of_rank, run_of, status, wait_for
+from tests.slurm.test_runs import process_of_rank, run_of, status
+from tests.waiting import until
 
 NAME = "serve-lab"
 CONFIG = CONFIGS / f"{NAME}.yaml"
@@ -46,7 +47,7 @@ def test_a_service_lives_through_one_death_and_its_next_is_the_verdict(
     monkeypatch.setenv("MOE_EP_API_KEY", KEY)
     done = lab.launcher("submit", str(CONFIG), "--set", "engine.restarts=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    wait_for(lambda: progress(lab, tmp_path).startswith("ready"))
+    until(lambda: progress(lab, tmp_path).startswith("ready"))
     url = lab.launcher("url", NAME, cwd=tmp_path).stdout.strip()
     assert url.startswith("http://nid")
     body = json.dumps({"model": "tiny-chat", "prompt": "Once", "max_tokens": 4, "temperature": 0, "ignore_eos": True})
@@ -55,8 +56,8 @@ def test_a_service_lives_through_one_death_and_its_next_is_the_verdict(
     job_id = status(lab, tmp_path, NAME)[0]["job_id"]
 
     os.kill(process_of_rank(lab, job_id, 1), signal.SIGKILL)
-    wait_for(lambda: attempt_of(tmp_path) == 1)
-    wait_for(lambda: progress(lab, tmp_path).startswith("ready"))
+    until(lambda: attempt_of(tmp_path) == 1)
+    until(lambda: progress(lab, tmp_path).startswith("ready"))
     assert status(lab, tmp_path, NAME)[0]["job_id"] == job_id
     assert ask(lab, tmp_path, f"{url}/v1/completions", body)["choices"] == first["choices"]
     bench = lab.launcher("bench", NAME, "--num-prompts=4", "--input-len=8", "--output-len=3", "--json", cwd=tmp_path)
@@ -64,7 +65,7 @@ def test_a_service_lives_through_one_death_and_its_next_is_the_verdict(
 
     killed = time.monotonic()
     os.kill(process_of_rank(lab, job_id, 2), signal.SIGKILL)
-    wait_for(lambda: status(lab, tmp_path)[0]["state"] == "failed")
+    until(lambda: status(lab, tmp_path)[0]["state"] == "failed")
     assert time.monotonic() - killed < 60
     (found,) = status(lab, tmp_path)
     assert (found["first_failing_rank"], found["reason"].split(":")[0]) == (2, "Vanished")
@@ -80,9 +81,9 @@ def test_a_service_that_is_cancelled_finishes_its_answers(
 ) -> None:
     monkeypatch.setenv("MOE_EP_API_KEY", KEY)
     assert lab.launcher("submit", str(CONFIG), cwd=tmp_path).returncode == 0
-    wait_for(lambda: progress(lab, tmp_path).startswith("ready"))
+    until(lambda: progress(lab, tmp_path).startswith("ready"))
     assert lab.launcher("cancel", NAME, cwd=tmp_path).returncode == 0
-    wait_for(lambda: status(lab, tmp_path)[0]["state"] == "completed")
+    until(lambda: status(lab, tmp_path)[0]["state"] == "completed")
 
 
 ASKING = """
@@ -107,7 +108,7 @@ def test_a_service_is_drained_before_slurm_ends_its_time(
     monkeypatch.setenv("MOE_EP_API_KEY", KEY)
     limits = ("--set=limits.time_min=3", "--set=limits.signal_s=60", "--set=engine.drain_s=20")
     assert lab.launcher("submit", str(CONFIG), *limits, cwd=tmp_path).returncode == 0
-    wait_for(lambda: progress(lab, tmp_path).startswith("ready"))
+    until(lambda: progress(lab, tmp_path).startswith("ready"))
     url = lab.launcher("url", NAME, cwd=tmp_path).stdout.strip()
     body = json.dumps({"model": "tiny-chat", "prompt": "Once", "max_tokens": 20, "ignore_eos": True})
     asking = lab.run(sys.executable, "-c", ASKING, f"{url}/v1/completions", KEY, body, cwd=tmp_path)
@@ -115,7 +116,7 @@ def test_a_service_is_drained_before_slurm_ends_its_time(
     assert len(answers) > 1
     assert set(answers) == {"20"}, "what had begun was finished"
     assert asking.stderr.startswith(("503 ", "gone: ")), asking.stderr
-    wait_for(lambda: status(lab, tmp_path)[0]["state"] not in ("running", "pending"))
+    until(lambda: status(lab, tmp_path)[0]["state"] not in ("running", "pending"))
     (found,) = status(lab, tmp_path)
     assert found["state"] == "completed", found
     assert lab.ask("sacct", "-n", "-X", "-j", found["job_id"], "-o", "State").split() == ["COMPLETED"]
