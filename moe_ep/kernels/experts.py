@@ -13,8 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moe_ep.kernels.fragments import local_rows
-from moe_ep.kernels.pipe import WARPGROUPS, hand_over_last, open_pipe, vouch, wait_free
-from moe_ep.kernels.ring import hear, hear_for_another, open_ring, tell
+from moe_ep.kernels.pipe import GATHERERS, WARPGROUPS, hand_over_last, open_pipe, vouch, wait_free
+from moe_ep.kernels.ring import hear, hear_for_others, open_ring, tell
 from moe_ep.kernels.tickets import await_count, barrier, count_later, value
 from moe_ep.kernels.tiles import block_of, down_tile, fill_down, fill_gate_up, gate_up_tile, gather_tile
 
@@ -120,7 +120,7 @@ def _take(
         # Before anything that waits for this program's own tiles: who gathers hands over the last groups only then.
         tell(ring, following, turn)
         if not up:  # who gathers had no more to hear
-            hear_for_another(ring, turn)
+            hear_for_others(ring, turn, GATHERERS)
         tile = following
         turn += 1
         index += groups
@@ -151,32 +151,32 @@ def _fill(
 @gluon.jit
 def _gather(
     x_ptr, out_ptr, route_ptr, ids_ptr, map_ptr, tokens, known, pipe, ring,
-    TOP_K: gl.constexpr, HIDDEN: gl.constexpr, LOCAL: gl.constexpr, HAS_MAP: gl.constexpr,
+    GATHERER: gl.constexpr, TOP_K: gl.constexpr, HIDDEN: gl.constexpr, LOCAL: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy the activations of all tiles of gate and up, which come first; then write what is 0 of the result."""
+    """A warp's share of the activations of all tiles of gate and up, which come first, then of the result's zeros."""
     tile = hear(ring, 0)
     turn = 1
     while (tile[0] >= 0) & (tile[2] >= 0):
         first = (turn - 1) * (HIDDEN // 128)
-        gather_tile(x_ptr, route_ptr, pipe, tile[2:], first, TOP_K, HIDDEN, BLOCK_M, STAGES)
+        gather_tile(x_ptr, route_ptr, pipe, tile[2:], first, GATHERER, TOP_K, HIDDEN, BLOCK_M, STAGES)
         tile = hear(ring, turn)
         turn += 1
     hand_over_last(pipe, (turn - 1) * (HIDDEN // 128), STAGES)
-    _zero_remote(out_ptr, ids_ptr, map_ptr, tokens, known, TOP_K, HIDDEN, LOCAL, HAS_MAP)
+    _zero_remote(out_ptr, ids_ptr, map_ptr, tokens, known, GATHERER, TOP_K, HIDDEN, LOCAL, HAS_MAP)
 
 
 @gluon.jit
 def _zero_remote(
     out_ptr, ids_ptr, map_ptr, tokens, known,
-    TOP_K: gl.constexpr, HIDDEN: gl.constexpr, LOCAL: gl.constexpr, HAS_MAP: gl.constexpr,
+    GATHERER: gl.constexpr, TOP_K: gl.constexpr, HIDDEN: gl.constexpr, LOCAL: gl.constexpr, HAS_MAP: gl.constexpr,
 ):  # fmt: skip
-    """This program's share of the tokens that have no local route."""
+    """This warp's share of the tokens that have no local route."""
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
     size: gl.constexpr = gl.num_warps() * 256
     n = gl.arange(0, size, layout=layout)
     zeros = gl.zeros([size], out_ptr.dtype.element_ty, layout=layout)
-    for token in range(gl.program_id(0), tokens, gl.num_programs(0)):
+    for token in range(gl.program_id(0) * GATHERERS + GATHERER, tokens, gl.num_programs(0) * GATHERERS):
         found = -1
         for slot in gl.static_range(TOP_K):
             row = local_rows(ids_ptr, map_ptr, token * TOP_K + slot, token < tokens, known, LOCAL, HAS_MAP)
@@ -260,8 +260,8 @@ def experts_warpgroup(
 ):
     # Layout: tickets count the tiles of `gate_up_warpgroup`, block after block, then those of `down_warpgroup`.
     # The trick: loaders and warpgroups go from one matrix to the other within the same pipe, which never empties.
-    pipe = open_pipe(w13_words_desc, w13_scales_desc, BLOCK_M, STAGES, 2)
-    ring = open_ring(3)
+    pipe = open_pipe(w13_words_desc, w13_scales_desc, BLOCK_M, STAGES, 1 + GATHERERS)
+    ring = open_ring(WARPGROUPS + GATHERERS)
     if PDL:
         # While the plan is made the memory has nothing to do, and weights are not what another kernel makes.
         _prefetch(w13_words_ptr, w13_scales_ptr, HIDDEN, INTER, LOCAL, BLOCK_N, min(_PREFETCHED, HIDDEN // 128))
@@ -285,9 +285,13 @@ def experts_warpgroup(
             )),
             (_gather, (
                 x_ptr, out_ptr, route_ptr, ids_ptr, map_ptr, tokens, known, pipe, ring,
-                TOP_K, HIDDEN, LOCAL, HAS_MAP, BLOCK_M, STAGES,
+                gl.constexpr(0), TOP_K, HIDDEN, LOCAL, HAS_MAP, BLOCK_M, STAGES,
+            )),
+            (_gather, (
+                x_ptr, out_ptr, route_ptr, ids_ptr, map_ptr, tokens, known, pipe, ring,
+                gl.constexpr(1), TOP_K, HIDDEN, LOCAL, HAS_MAP, BLOCK_M, STAGES,
             )),
         ],
-        [4, 1, 2],
-        [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
+        [4, 1, 1, 1],
+        [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
     )  # fmt: skip

@@ -29,8 +29,13 @@ WARPGROUPS = gl.constexpr(2)
 PANELS = gl.constexpr(2)
 BOXES = gl.constexpr(4)
 PANEL = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-# Two warps copy eight rows' parts of a panel at once.
-COPIES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0]))
+# Warps that gather activations, each by itself, so that none waits for another. Eight rows in turn are one's: what the
+# swizzle takes together.
+GATHERERS = gl.constexpr(2)
+GATHERED = gl.constexpr(8)
+# A warp copies four rows' parts of a panel at once.
+COPIES = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 4, 8], [1, 1, 1], [2, 1, 0]))
+_PANELS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))
 
 
 @constexpr_function
@@ -165,8 +170,8 @@ def expect(pipe, index, BYTES: gl.constexpr, pred, STAGES: gl.constexpr):
 
 @gluon.jit
 def vouch(pipe, index, STAGES: gl.constexpr):
-    """Arrive for those who fill nothing of the index-th group."""
-    mbarrier.arrive(pipe[3].index(index % STAGES), count=1)
+    """Arrive for those who gather, but nothing of the index-th group."""
+    mbarrier.arrive(pipe[3].index(index % STAGES), count=GATHERERS)
 
 
 @gluon.jit
@@ -197,19 +202,23 @@ def fill_boxes(pipe, rows_desc, row, boxes, group, index, BLOCK_M: gl.constexpr,
 
 
 @gluon.jit
-def fill_rows(pipe, x_ptr, rows, inside, group, index, STAGES: gl.constexpr):
-    """Begin to copy activations, and hand over those of an earlier group; rows [BLOCK_M] in groups of 128."""
+def fill_rows(
+    pipe, x_ptr, offsets, routes, group, index,
+    GATHERER: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Begin to copy this warp's activations of `routes` rows, and hand over those of an earlier group.
+
+    What is past the last row's piece is left as it is: a column of the products of its own, which nobody stores.
+    """
     behind: gl.constexpr = pending(STAGES)
+    rows: gl.constexpr = GATHERED
     stage = index % STAGES
-    copies: gl.constexpr = COPIES
-    k = gl.arange(0, 64, layout=gl.SliceLayout(0, copies))
-    # In text that the compiler does not look into: else it keeps a pointer of 64 bits for each row.
-    here = gl.inline_asm_elementwise(
-        "add.s32 $0, $1, $2;", "=r,r,r", [rows, group], dtype=gl.int32, is_pure=True, pack=1
-    )
-    offsets = (here * 128)[:, None] + k[None, :]
-    for panel in gl.static_range(PANELS):
-        _copy(pipe[0].index(stage * PANELS + panel), x_ptr + panel * 64 + offsets, mask=inside[:, None])
+    x = _view(pipe[0], gl.bfloat16, [STAGES, PANELS, BLOCK_M, 64], _PANELS).index(stage)
+    panels = 64 * gl.arange(0, PANELS, layout=gl.SliceLayout(1, gl.SliceLayout(2, COPIES)))
+    for first in gl.static_range(GATHERER * rows, BLOCK_M, GATHERERS * rows):
+        if first < routes:
+            of_panel = x_ptr + group * 128 + offsets[first // (GATHERERS * rows)]
+            _copy(x.slice(first, rows, 1), of_panel[None, :, :] + panels[:, None, None])
     async_copy.commit_group()
     async_copy.wait_group(behind)
     _hand_over(pipe, index - behind, STAGES)

@@ -35,9 +35,9 @@ def tell(ring, tile, turn):
 
 
 @gluon.jit
-def hear_for_another(ring, turn):
-    """Arrive for a reader that is gone."""
-    mbarrier.arrive(ring[2].index(turn % SLOTS), count=1)
+def hear_for_others(ring, turn, COUNT: gl.constexpr):
+    """Arrive for readers that are gone."""
+    mbarrier.arrive(ring[2].index(turn % SLOTS), count=COUNT)
 
 
 @gluon.jit

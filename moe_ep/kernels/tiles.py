@@ -11,6 +11,8 @@ from moe_ep.kernels.fragments import swiglu
 from moe_ep.kernels.pipe import (
     BOXES,
     COPIES,
+    GATHERED,
+    GATHERERS,
     WARPGROUPS,
     accumulator_layout,
     columns,
@@ -40,26 +42,24 @@ def block_of(plan, block, blocks):
 
 
 @gluon.jit
-def _tokens(route_ptr, block, TOP_K: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Tokens of a block's positions. Those past its last repeat it, and are not read."""
-    expert, start, end = block
-    copies: gl.constexpr = COPIES
-    position = gl.minimum(start + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copies)), end - 1)
-    return gl.load(route_ptr + position, mask=(position >= 0) & (expert >= 0), other=0) // TOP_K
-
-
-@gluon.jit
 def gather_tile(
     x_ptr, route_ptr, pipe, block, first,
-    TOP_K: gl.constexpr, HIDDEN: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    GATHERER: gl.constexpr, TOP_K: gl.constexpr, HIDDEN: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy the activations of a tile of gate and up, whose first group is the first-th."""
-    copies: gl.constexpr = COPIES
-    inside = block[1] + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, copies)) < block[2]
-    rows = _tokens(route_ptr, block, TOP_K, BLOCK_M) * (HIDDEN // 128)
+    """Copy a warp's share of the activations of a tile of gate and up, whose first group is the first-th."""
+    expert, start, end = block
+    rows: gl.constexpr = GATHERED
+    of_panel: gl.constexpr = gl.SliceLayout(0, COPIES)
+    k = gl.arange(0, 64, layout=gl.SliceLayout(0, of_panel))
+    offsets = ()
+    for piece in gl.static_range(GATHERER * rows, BLOCK_M, GATHERERS * rows):
+        position = start + piece + gl.arange(0, rows, layout=gl.SliceLayout(1, of_panel))
+        # Past the last of the block it again.
+        route = gl.load(route_ptr + gl.minimum(position, end - 1), mask=expert >= 0, other=0)
+        offsets = offsets + ((route // TOP_K * HIDDEN)[:, None] + k[None, :],)  # type: ignore[assignment]
     for group in range(HIDDEN // 128):
         wait_free(pipe, first + group, STAGES)
-        fill_rows(pipe, x_ptr, rows, inside, group, first + group, STAGES)
+        fill_rows(pipe, x_ptr, offsets, end - start, group, first + group, GATHERER, BLOCK_M, STAGES)
 
 
 @gluon.jit

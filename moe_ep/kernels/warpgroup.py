@@ -2,14 +2,14 @@
 
 `kernels.experts` makes both at once; these are for ranges of columns, and for unlike tiles. One program a
 multiprocessor makes one tile (`kernels.tiles`) after the other: two warpgroups multiply (`kernels.pipe`), one warp
-feeds the copy engine, and for gate and up two warps gather activations.
+feeds the copy engine, and for gate and up two gather activations.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moe_ep.kernels.pipe import hand_over_last, open_pipe, wait_free
+from moe_ep.kernels.pipe import GATHERERS, hand_over_last, open_pipe, wait_free
 from moe_ep.kernels.tiles import block_of, down_tile, fill_down, fill_gate_up, gate_up_tile, gather_tile
 
 
@@ -22,16 +22,17 @@ def _block(plan, blocks, tile, N_TILES: gl.constexpr):
 @gluon.jit
 def _load_x(
     x_ptr, plan, blocks, pipe,
-    TOP_K: gl.constexpr, HIDDEN: gl.constexpr, N_TILES: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    GATHERER: gl.constexpr, TOP_K: gl.constexpr, HIDDEN: gl.constexpr, N_TILES: gl.constexpr, BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy the activations of all tiles of this program."""
+    """Copy a warp's share of the activations of all tiles of this program."""
     step = gl.num_programs(0)
     tile = gl.program_id(0)
     index = 0
     block = _block(plan, blocks, tile, N_TILES)
     while block[0] >= 0:
         following = _block(plan, blocks, tile + step, N_TILES)
-        gather_tile(x_ptr, plan[0], pipe, block, index, TOP_K, HIDDEN, BLOCK_M, STAGES)
+        gather_tile(x_ptr, plan[0], pipe, block, index, GATHERER, TOP_K, HIDDEN, BLOCK_M, STAGES)
         block = following
         tile += step
         index += HIDDEN // 128
@@ -158,7 +159,7 @@ def gate_up_warpgroup(
     # Layout: a tile is [BLOCK_N, up to BLOCK_M] of hᵀ, from rows n of w1 and of w3, half of it each warpgroup's; tiles
     # of one block of routes are made at a time, so that its x rows stay in cache.
     # The trick: a block that is not full takes products of fewer columns.
-    pipe = open_pipe(words_desc, scales_desc, BLOCK_M, STAGES, 2)
+    pipe = open_pipe(words_desc, scales_desc, BLOCK_M, STAGES, 1 + GATHERERS)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -174,10 +175,15 @@ def gate_up_warpgroup(
                 gl.constexpr(1), HIDDEN, INTER, HAS_BIAS, HAS_LIMIT, BLOCK_M, BLOCK_N, STAGES,
             )),
             (_load_w13, (words_desc, scales_desc, plan, blocks, pipe, HIDDEN, INTER, BLOCK_N, STAGES)),
-            (_load_x, (x_ptr, plan, blocks, pipe, TOP_K, HIDDEN, INTER // BLOCK_N, BLOCK_M, STAGES)),
+            (_load_x, (
+                x_ptr, plan, blocks, pipe, gl.constexpr(0), TOP_K, HIDDEN, INTER // BLOCK_N, BLOCK_M, STAGES,
+            )),
+            (_load_x, (
+                x_ptr, plan, blocks, pipe, gl.constexpr(1), TOP_K, HIDDEN, INTER // BLOCK_N, BLOCK_M, STAGES,
+            )),
         ],
-        [4, 1, 2],
-        [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
+        [4, 1, 1, 1],
+        [REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
     )  # fmt: skip
 
 
