@@ -19,9 +19,9 @@ _Gemms = tuple[GemmLaunch, GemmLaunch]
 _TWO_WAVES: dict[str, Any] = {"waves_per_eu": 2}
 """With two waves a SIMD in view the compiler keeps MFMA's sums in vector registers, where they are scaled; else it puts
 them in accumulation registers and copies each out, half an operation a weight."""
-_GATHERING, _COPYING = (224, 56), (240, 24)
-"""Registers of a warpgroup kernel's threads, of those that multiply and of those that copy: the latter keep a row for
-each of the pieces that they gather, or nothing."""
+_REGISTERS = {"REGISTERS": 224, "LOADER_REGISTERS": 56}
+"""Of a warpgroup kernel's threads, of those that multiply and of those that copy: the latter keep a place in x for each
+of the rows that they gather."""
 
 
 def cdna3_launch(kernel: Any, blocks: int, rows: int, gemm: Gemm, constants: dict[str, Any]) -> BoundLaunch:
@@ -104,14 +104,12 @@ def both_of(shape: Shape, config: LaunchConfig, blocks: int) -> BothLaunch | Non
     from moe_ep.kernels.pipe import BOXES
 
     gemm = config.gate_up
-    registers, loader_registers = _GATHERING
     constants = {
         **constants_of(shape),
+        **_REGISTERS,
         "BLOCK_M": config.block_m,
         "BLOCK_N": gemm.block_n,
         "STAGES": gemm.stages,
-        "REGISTERS": registers,
-        "LOADER_REGISTERS": loader_registers,
     }
     tiles = blocks * max(shape.inner // gemm.block_n, shape.hidden // (2 * gemm.block_n))
     programs = min(tiles, shape.target.processors)
@@ -129,17 +127,15 @@ def _warpgroup(
     from moe_ep.kernels.pipe import BOXES
     from moe_ep.kernels.warpgroup import down_warpgroup, gate_up_warpgroup
 
-    def launch(
-        kernel: Any, rows: int, gemm: Gemm, constants: dict[str, Any], registers: tuple[int, int]
-    ) -> BoundLaunch:
+    def launch(kernel: Any, rows: int, gemm: Gemm, constants: dict[str, Any]) -> BoundLaunch:
         programs = min(blocks * (rows // gemm.block_n), shape.target.processors)
-        own = {"blocks": blocks, "REGISTERS": registers[0], "LOADER_REGISTERS": registers[1]}
+        own = {"blocks": blocks, **_REGISTERS}
         return BoundLaunch(
             kernel, programs, constants | own, warps=gemm.warps, stages=gemm.stages, pdl=constants["PDL"]
         )
 
-    first = launch(gate_up_warpgroup, shape.inner, config.gate_up, gate_up, _GATHERING)
-    second = launch(down_warpgroup, shape.hidden // 2, config.down, down, _COPYING)
+    first = launch(gate_up_warpgroup, shape.inner, config.gate_up, gate_up)
+    second = launch(down_warpgroup, shape.hidden // 2, config.down, down)
     return (
         BoxedLaunch(first, 2, config.gate_up.block_n),
         BoxedLaunch(second, 1, config.down.block_n, config.block_m // BOXES.value),

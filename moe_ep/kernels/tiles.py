@@ -47,15 +47,14 @@ def gather_tile(
     GATHERER: gl.constexpr, TOP_K: gl.constexpr, HIDDEN: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy a warp's share of the activations of a tile of gate and up, whose first group is the first-th."""
-    expert, start, end = block
+    _expert, start, end = block
     rows: gl.constexpr = GATHERED
     of_panel: gl.constexpr = gl.SliceLayout(0, COPIES)
     k = gl.arange(0, 64, layout=gl.SliceLayout(0, of_panel))
     offsets = ()
     for piece in gl.static_range(GATHERER * rows, BLOCK_M, GATHERERS * rows):
         position = start + piece + gl.arange(0, rows, layout=gl.SliceLayout(1, of_panel))
-        # Past the last of the block it again.
-        route = gl.load(route_ptr + gl.minimum(position, end - 1), mask=expert >= 0, other=0)
+        route = gl.load(route_ptr + gl.minimum(position, end - 1))  # past the block's last, that again
         offsets = offsets + ((route // TOP_K * HIDDEN)[:, None] + k[None, :],)  # type: ignore[assignment]
     for group in range(HIDDEN // 128):
         wait_free(pipe, first + group, STAGES)
