@@ -92,6 +92,9 @@ def combine_kernel(
 ):
     # The trick: a token's routes are added in the order of its slots by one program, so the sum is the same
     # in every run; remote slots were never written and are not read.
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     token = (tl.program_id(0) // PARTS).to(tl.int64)
     # Looked up once: what is loaded after a store is loaded again.
     local = ()
@@ -102,9 +105,6 @@ def combine_kernel(
         local = local + (here,)  # type: ignore[assignment]
         if WEIGHS:
             weights = weights + (tl.load(weight_ptr + route),)  # type: ignore[assignment]
-    if PDL:  # only now: routes and weights were there before the op began, as the kernels before this one have seen
-        gdc_wait()
-        gdc_launch_dependents()
     if ZEROED:
         any_local = local[0]  # type: ignore[misc]
         for slot in tl.static_range(1, TOP_K):

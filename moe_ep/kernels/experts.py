@@ -260,6 +260,7 @@ def experts_warpgroup(
 ):
     # Layout: tickets count the tiles of `gate_up_warpgroup`, block after block, then those of `down_warpgroup`.
     # The trick: loaders and warpgroups go from one matrix to the other within the same pipe, which never empties.
+    gl.static_assert(GATHERERS == 2)  # as many are begun below
     pipe = open_pipe(w13_words_desc, w13_scales_desc, BLOCK_M, STAGES, 1 + GATHERERS)
     ring = open_ring(WARPGROUPS + GATHERERS)
     if PDL:

@@ -159,6 +159,7 @@ def gate_up_warpgroup(
     # Layout: a tile is [BLOCK_N, up to BLOCK_M] of hᵀ, from rows n of w1 and of w3, half of it each warpgroup's; tiles
     # of one block of routes are made at a time, so that its x rows stay in cache.
     # The trick: a block that is not full takes products of fewer columns.
+    gl.static_assert(GATHERERS == 2)  # as many are begun below
     pipe = open_pipe(words_desc, scales_desc, BLOCK_M, STAGES, 1 + GATHERERS)
     if PDL:
         gdc_wait()
