@@ -143,8 +143,8 @@ def _box_of(buffer, desc):
 def open_pipe(words_desc, scales_desc, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, FILLERS: gl.constexpr):
     """For each stage: activations, words and scales in the copy engine's boxes, and two barriers.
 
-    `ready` is for those who read a stage, and waits for FILLERS: who feeds the copy engine, and all who gather. `free` is
-    for those who fill it.
+    `ready` is for those who read a stage, and waits for FILLERS: who feeds the copy engine, and all who gather; `free`
+    is for those who fill it.
     """
     x = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PANELS, BLOCK_M, 64], PANEL)
     boxes: gl.constexpr = STAGES * WARPGROUPS

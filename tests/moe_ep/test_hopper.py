@@ -10,13 +10,14 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_ep import tables
 from moe_ep.backends.call import Shape, config_of
 from moe_ep.backends.gemms import both_of, gemms_of
-from moe_ep.backends.op import SingleOp, op_of
+from moe_ep.backends.op import Op, SingleOp, op_of
 from moe_ep.backends.target import Target
 from moe_ep.bench.cases import SHAPES, RankShape
 from moe_ep.kernels.bound import BoundLaunch
@@ -90,7 +91,8 @@ def compiled(launch: Launch) -> Any:
             signature[name], constants[name] = "constexpr", launch.constants[name]
         else:
             signature[name] = "fp32" if name == "limit" else "i32"
-    source = GluonASTSource(launch.kernel, signature, constants, aligned)
+    source_of = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
+    source = source_of(launch.kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.options)
 
 
@@ -108,8 +110,8 @@ def disassembled(kernel: Any, folder: Path) -> str:
     return subprocess.run([NVDISASM, "-c", cubin], capture_output=True, text=True, check=True).stdout
 
 
-def in_loops(text: str) -> list[str]:
-    """The loads and stores of local memory within the loops over K, those that multiply and have none within."""
+def loops(text: str, instruction: str) -> list[list[str]]:
+    """The innermost loops that have such an instruction, none of which may be outside of them."""
     lines, labels, found, ended = text.splitlines(), {}, [], -1
     for i, line in enumerate(lines):
         if label := re.match(r"(\.L_x_\d+):", line):
@@ -117,11 +119,12 @@ def in_loops(text: str) -> list[str]:
         branch = re.search(r"BRA `\((\.L_x_\d+)\)", line)
         start = labels.get(branch[1], -1) if branch else -1
         body = lines[start:i] if start > ended else []
-        if any("HGMMA" in step for step in body):
-            assert not any("HGMMA" in step for step in lines[ended:start] if ended > 0), "products outside of loops"
-            found += [step for step in body if re.search(r"\b(LDL|STL)\b", step)]
+        if any(instruction in step for step in body):
+            found.append(body)
             ended = i
-    assert ended > 0, "no loop multiplies"
+    assert found, f"no loop has {instruction}"
+    inside = sum(instruction in step for body in found for step in body)
+    assert inside == sum(instruction in line for line in lines), f"{instruction} outside of loops"
     return found
 
 
@@ -171,7 +174,9 @@ def test_every_kernel_of_the_table_fits_a_multiprocessor(name: str, regime: str,
         spilled = used["STACK"] + used["LOCAL"]
         if "warpgroup" in regime:
             text = disassembled(kernel, tmp_path)
-            assert not in_loops(text), "what they spill is around the loops that multiply, never in them"
+            steps = [step for body in loops(text, "HGMMA") for step in body]
+            spills = [step for step in steps if re.search(r"\b(LDL|STL)\b", step)]
+            assert not spills, "what they spill is around the loops that multiply, never in them"
             # Where ptxas lacks registers it waits for each product before the next (its warnings C7511 and C7512), as
             # that of Triton 3.9 does for gate and up in blocks of 128 routes.
             assert not triton.__version__.startswith("3.6") or 4 * text.count("WARPGROUP.DEPBAR") <= text.count(
@@ -184,6 +189,32 @@ def test_every_kernel_of_the_table_fits_a_multiprocessor(name: str, regime: str,
         assert ("wgmma.mma_async" if "warpgroup" in regime else "mma.sync") in ptx
         assert ("cp.async.bulk.tensor" in ptx) == ("warpgroup" in regime)
         assert "griddepcontrol.wait" in ptx, "it may start before the kernel before it has ended"
+
+
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton came without NVIDIA's tools")
+@pytest.mark.parametrize("regime", [name for name in REGIMES if "warpgroup" in name])
+def test_activations_are_gathered_in_few_instructions(regime: str, tmp_path: Path) -> None:
+    """Where they took 7.4 for 16 bytes a lane, most of them for predicates, the warpgroups waited for them."""
+    both = launches(SHAPES["pro-ep8"], regime)[2]
+    gathering = loops(disassembled(compiled(both), tmp_path), "LDGSTS")
+    assert len(gathering) == 2, "a loop for each warp, which waits for no other"
+    rows = bound(both).constants["BLOCK_M"]
+    for body in gathering:
+        instructions = [step for step in body if re.search(r"/\*[0-9a-f]{4,}\*/", step)]
+        copies = sum("LDGSTS" in step for step in instructions)
+        assert copies == rows // 2 * 256 // 512, "half of the rows' 256 bytes, 16 a lane"
+        assert len(instructions) <= 50 + 5 * copies
+        assert not any(re.search(r"\b(LDL|STL|BAR)\b", step) for step in instructions)
+
+
+def test_the_combine_reads_nothing_before_the_kernels_before_it_have_ended() -> None:
+    """Past the first-level cache it could; as it reads, an earlier op's routes may still lie there."""
+    op = op_of(_shape(SHAPES["pro-ep8"], 64))
+    assert isinstance(op, Op)
+    before, waits, after = compiled(op.combine).asm["ptx"].partition("griddepcontrol.wait")
+    assert waits
+    assert "ld.global" not in before
+    assert "ld.global" in after
 
 
 def test_what_others_made_is_read_only_after_an_acquire() -> None:
