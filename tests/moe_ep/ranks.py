@@ -13,15 +13,23 @@ TIMEOUT = timedelta(seconds=60)
 Result = TypeVar("Result")
 
 
-def on_ranks(size: int, do: Callable[[int, dist.ProcessGroup], Result]) -> list[Result]:
-    """What `do(rank, group)` returns on each of `size` ranks that are a group."""
+def connect(size: int) -> list[dist.ProcessGroup]:
+    """A group of `size` ranks, as each of them has it."""
     store = HashStore()
 
-    def on_rank(rank: int) -> Result:
+    def of_rank(rank: int) -> dist.ProcessGroup:
         group = dist.ProcessGroup(store, rank, size)
         gloo = dist.ProcessGroupGloo(PrefixStore("gloo", store), rank, size, TIMEOUT)
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
-        return do(rank, group)
+        return group
 
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(on_rank, range(size)))
+        return list(pool.map(of_rank, range(size)))
+
+
+def on_ranks(
+    size: int, do: Callable[[int, dist.ProcessGroup], Result], groups: list[dist.ProcessGroup] | None = None
+) -> list[Result]:
+    """What `do(rank, group)` returns on each of `size` ranks that are a group: a new one, or one from `connect`."""
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(do, range(size), groups or connect(size)))

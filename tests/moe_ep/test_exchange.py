@@ -1,5 +1,6 @@
 """Ranks that read a matrix by rows together hold it by columns, and none reads what another has read."""
 
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from moe_ep.selector import select_backend
 from moe_ep.shape import ModelShape
 from moe_ep.spec import MoELayerSpec, Mxfp4Config
 from moe_ep.synthetic import write_checkpoint
-from tests.moe_ep.ranks import on_ranks
+from tests.moe_ep.ranks import connect, on_ranks
 
 # 3 slices of I divide neither the 160 rows of w2 nor the 2 rows of the shared expert's scales.
 SHAPE = ModelShape(hidden=160, intermediate=768, layers=2, experts=3, top_k=2, vocab=32, hash_layers=1)
 CPU = torch.device("cpu")
+# Once for each size, not for each example: Gloo does not always connect while the machine is busy.
+connected = lru_cache(connect)
 
 
 @settings(max_examples=25, deadline=None)
@@ -49,7 +52,7 @@ def test_what_was_read_by_rows_lies_by_columns(size: int, count: int, height: in
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchanging, "EXCHANGE_BYTES", together)
-        assert torch.equal(torch.cat(on_ranks(size, columns), dim=-1), whole)
+        assert torch.equal(torch.cat(on_ranks(size, columns, connected(size)), dim=-1), whole)
 
 
 @pytest.fixture(scope="module")
