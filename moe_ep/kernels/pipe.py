@@ -32,10 +32,10 @@ PANEL = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 # Warps that gather activations, each by itself, so that none waits for another. Eight rows in turn are one's: what the
 # swizzle takes together.
 GATHERERS = gl.constexpr(2)
-GATHERED = gl.constexpr(8)
+ROWS_AT_ONCE = gl.constexpr(8)
 # A warp copies four rows' parts of a panel at once.
 COPIES = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 4, 8], [1, 1, 1], [2, 1, 0]))
-_PANELS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))
+_BOTH_PANELS = gl.constexpr(gl.NVMMASharedLayout(128, 16, 3))
 
 
 @constexpr_function
@@ -209,12 +209,13 @@ def fill_rows(
 ):  # fmt: skip
     """Begin to copy this warp's activations of `routes` rows, and hand over those of an earlier group.
 
-    What is past the last row's piece is left as it is: a column of the products of its own, which nobody stores.
+    `offsets` are those in x of each piece that it may copy, int32 [ROWS_AT_ONCE, 64], of the first 64 k. What is past
+    the last row's piece is left as it is: a column of the products of its own, which nobody stores.
     """
     behind: gl.constexpr = pending(STAGES)
-    rows: gl.constexpr = GATHERED
+    rows: gl.constexpr = ROWS_AT_ONCE
     stage = index % STAGES
-    x = _view(pipe[0], gl.bfloat16, [STAGES, PANELS, BLOCK_M, 64], _PANELS).index(stage)
+    x = _view(pipe[0], gl.bfloat16, [STAGES, PANELS, BLOCK_M, 64], _BOTH_PANELS).index(stage)
     panels = 64 * gl.arange(0, PANELS, layout=gl.SliceLayout(1, gl.SliceLayout(2, COPIES)))
     for first in gl.static_range(GATHERER * rows, BLOCK_M, GATHERERS * rows):
         if first < routes:

@@ -11,8 +11,8 @@ from moe_ep.kernels.fragments import swiglu
 from moe_ep.kernels.pipe import (
     BOXES,
     COPIES,
-    GATHERED,
     GATHERERS,
+    ROWS_AT_ONCE,
     WARPGROUPS,
     accumulator_layout,
     columns,
@@ -48,7 +48,7 @@ def gather_tile(
 ):  # fmt: skip
     """Copy a warp's share of the activations of a tile of gate and up, whose first group is the first-th."""
     _expert, start, end = block
-    rows: gl.constexpr = GATHERED
+    rows: gl.constexpr = ROWS_AT_ONCE
     of_panel: gl.constexpr = gl.SliceLayout(0, COPIES)
     k = gl.arange(0, 64, layout=gl.SliceLayout(0, of_panel))
     offsets = ()

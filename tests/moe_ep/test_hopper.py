@@ -194,7 +194,7 @@ def test_every_kernel_of_the_table_fits_a_multiprocessor(name: str, regime: str,
 @pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton came without NVIDIA's tools")
 @pytest.mark.parametrize("regime", [name for name in REGIMES if "warpgroup" in name])
 def test_activations_are_gathered_in_few_instructions(regime: str, tmp_path: Path) -> None:
-    """Where they took 7.4 for 16 bytes a lane, most of them for predicates, the warpgroups waited for them."""
+    """Where they took 7.4 for 16 bytes a lane, a third of them for predicates, the warpgroups waited for them."""
     both = launches(SHAPES["pro-ep8"], regime)[2]
     gathering = loops(disassembled(compiled(both), tmp_path), "LDGSTS")
     assert len(gathering) == 2, "a loop for each warp, which waits for no other"
