@@ -19,7 +19,7 @@ _Gemms = tuple[GemmLaunch, GemmLaunch]
 _TWO_WAVES: dict[str, Any] = {"waves_per_eu": 2}
 """With two waves a SIMD in view the compiler keeps MFMA's sums in vector registers, where they are scaled; else it puts
 them in accumulation registers and copies each out, half an operation a weight."""
-_REGISTERS = {"REGISTERS": 224, "LOADER_REGISTERS": 56}
+_REGISTERS = {"REGISTERS": 232, "LOADER_REGISTERS": 48}
 """Of a warpgroup kernel's threads, of those that multiply and of those that copy, some of which keep a place in x for
 each of the rows that they gather."""
 

@@ -6,6 +6,7 @@ stands for, as long as the lane that holds the activations has the same. So noth
 """
 
 import triton.language as tl
+from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -58,30 +59,31 @@ def _words_gcn() -> str:
 _WORDS_GCN = gl.constexpr(_words_gcn())
 _WORDS_GCN_CONSTRAINTS = gl.constexpr(",".join(["=&v"] * 4 * _PAIRS_GCN + ["v"] * _PAIRS_GCN + ["s"] * 2 * _PAIRS_GCN))
 
+
 # One block of the four, times its scale.
-_SCALED_PTX = gl.constexpr(
-    (
-        "{ .reg .b32 a; and.b32 a, $1, 0x81C081C0; mul.rn.bf16x2 $0, a, $2; }",
-        "{ .reg .b32 a; shl.b32 a, $1, 6; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $0, a, $2; }",
-        "{ .reg .b32 a; shf.r.wrap.b32 a, $1, $1, 6; and.b32 a, a, 0x81C081C0; mul.rn.bf16x2 $0, a, $2; }",
-        """{
-        .reg .b32 a, b;
-        shl.b32 a, $1, 4;
-        and.b32 a, a, 0x81808180;
-        shr.b32 b, $1, 4;
-        lop3.b32 a, b, 0x00400040, a, 0xEA;
-        mul.rn.bf16x2 $0, a, $2;
-        }""",
+@constexpr_function
+def _scaled_ptx(BLOCK):
+    places = (
+        "and.b32 a, $1, 0x81C081C0;",
+        "shl.b32 a, $1, 6; and.b32 a, a, 0x81C081C0;",
+        "shf.r.wrap.b32 a, $1, $1, 6; and.b32 a, a, 0x81C081C0;",
+        "shl.b32 a, $1, 4; and.b32 a, a, 0x81808180; shr.b32 b, $1, 4; lop3.b32 a, b, 0x00400040, a, 0xEA;",
+    )[BLOCK]
+    half = ("low", "high")[BLOCK // 2]
+    return "\n".join(
+        (
+            "{ .reg .b32 a, b, scale; .reg .b16 low, high;",
+            places,
+            f"mov.b32 {{low, high}}, $2; mov.b32 scale, {{{half}, {half}}};",
+            "mul.rn.bf16x2 $0, a, scale; }",
+        )
     )
-)
 
 
-_FIELD_PTX = gl.constexpr(
+_FIELDS_PTX = gl.constexpr(
     (
-        "{ .reg .b32 a; shl.b32 a, $1, 7; and.b32 a, a, 0x7F80; cvt.u16.u32 $0, a; }",
-        "{ .reg .b32 a; shr.b32 a, $1, 1; and.b32 a, a, 0x7F80; cvt.u16.u32 $0, a; }",
-        "{ .reg .b32 a; shr.b32 a, $1, 9; and.b32 a, a, 0x7F80; cvt.u16.u32 $0, a; }",
-        "{ .reg .b32 a; shr.b32 a, $1, 17; and.b32 a, a, 0x7F80; cvt.u16.u32 $0, a; }",
+        "{ .reg .b32 a; shl.b32 a, $1, 7; and.b32 $0, a, 0x7F807F80; }",
+        "{ .reg .b32 a; shr.b32 a, $1, 1; and.b32 $0, a, 0x7F807F80; }",
     )
 )
 
@@ -148,18 +150,18 @@ def scale_f32(fields, BLOCK: gl.constexpr, CDNA: gl.constexpr):
 
 
 @gluon.jit
-def scale_bf16(fields, BLOCK: gl.constexpr):
-    """The same as bf16."""
-    # As PTX, since LLVM would mask the 16 bits once more.
-    return gl.inline_asm_elementwise(_FIELD_PTX[BLOCK], "=h,r", [fields], dtype=gl.bfloat16, is_pure=True, pack=1)
+def _scales_bf16(fields, PAIR: gl.constexpr):
+    """The same as bf16 of block PAIR in the low 16 bits, and of block PAIR + 2 in the high ones."""
+    return gl.inline_asm_elementwise(_FIELDS_PTX[PAIR], "=r,r", [fields], dtype=gl.uint32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def decode_scaled(words, fields, BLOCK: gl.constexpr):
     """uint16 words [..., 32], fields uint32 [..., 1] → block BLOCK bf16 [..., 32] times its scale · 2^-126."""
-    scales, _ = gl.broadcast(scale_bf16(fields, BLOCK), words)
+    scales, _ = gl.broadcast(_scales_bf16(fields, BLOCK % 2), words)
+    # The scales of two neighbours in a row are one: the second's register is not read.
     return gl.inline_asm_elementwise(
-        _SCALED_PTX[BLOCK], "=r,r,r", [words, scales], dtype=gl.bfloat16, is_pure=True, pack=2
+        _scaled_ptx(BLOCK), "=r,r,r,r", [words, scales], dtype=gl.bfloat16, is_pure=True, pack=2
     )
 
 

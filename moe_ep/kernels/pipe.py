@@ -82,6 +82,12 @@ def width(BLOCK_M, i):
 
 
 @constexpr_function
+def reads_ahead(WIDTH):
+    """Whether a tile's weights are read to registers while the one before is decoded: not where sums take most."""
+    return WIDTH < 128
+
+
+@constexpr_function
 def pending(STAGES):
     """Groups that are copied by threads and not handed over yet."""
     return 2 if STAGES > 4 else 1
@@ -273,6 +279,19 @@ def _wait(accs):
 
 
 @gluon.jit
+def _load_weights(
+    pipe, stage, WARPGROUP: gl.constexpr, TILE: gl.constexpr, TILES: gl.constexpr, TURNS: gl.constexpr,
+    left: gl.constexpr,
+):  # fmt: skip
+    """Words and scale fields of the TILE-th 64 of a warpgroup's rows, to the lanes that multiply them."""
+    own = stage * WARPGROUPS + WARPGROUP
+    rows: gl.constexpr = 64 * TILES
+    words = _view(pipe[1].index(own), gl.uint16, [rows, 32], rows_layout(rows, TURNS, 32)).slice(64 * TILE, 64)
+    scales = _view(pipe[2].index(own), gl.uint32, [rows], rows_layout(rows, TURNS, 1)).slice(64 * TILE, 64)
+    return words.load(left), scales.load(gl.SliceLayout(1, left))[:, None]
+
+
+@gluon.jit
 def products(
     pipe, first, WARPGROUP: gl.constexpr, TILES: gl.constexpr, TURNS: gl.constexpr, GROUPS: gl.constexpr,
     WIDTH: gl.constexpr, STAGES: gl.constexpr,
@@ -280,27 +299,38 @@ def products(
     """This warpgroup's TILES times [64, WIDTH], in pieces; `first` is the index of the tile's first group."""
     count: gl.constexpr = piece_count(WIDTH)
     left: gl.constexpr = gl.DotOperandLayout(0, accumulator_layout(columns(WIDTH, 0)), 2)
-    rows: gl.constexpr = 64 * TILES
-    x, words, scales, ready, free = pipe
+    x, _words, _scales, ready, free = pipe
     accs = ()
     for i in gl.static_range(TILES * count):
         accs = accs + (_zeros(columns(WIDTH, i % count)),)  # type: ignore[assignment]
+    ahead: gl.constexpr = reads_ahead(WIDTH)
+    stage, phase = first % STAGES, first // STAGES % 2
+    mbarrier.wait(ready.index(stage), phase)
+    words, fields = _load_weights(pipe, stage, WARPGROUP, 0, TILES, TURNS, left)
     for group in range(GROUPS):
-        index = first + group
-        stage = index % STAGES
-        own = stage * WARPGROUPS + WARPGROUP
-        own_words = _view(words.index(own), gl.uint16, [rows, 32], rows_layout(rows, TURNS, 32))
-        own_scales = _view(scales.index(own), gl.uint32, [rows], rows_layout(rows, TURNS, 1))
-        mbarrier.wait(ready.index(stage), index // STAGES % 2)
+        next_stage = 0 if stage == STAGES - 1 else stage + 1
+        next_phase = phase ^ 1 if stage == STAGES - 1 else phase
+        more = group < GROUPS - 1  # after the last group whatever is there is read, for nothing
         for tile in gl.static_range(TILES):
-            raw = own_words.slice(64 * tile, 64).load(left)
-            fields = own_scales.slice(64 * tile, 64).load(gl.SliceLayout(1, left))[:, None]
+            if ahead and tile < TILES - 1:
+                next_words, next_fields = _load_weights(pipe, stage, WARPGROUP, tile + 1, TILES, TURNS, left)
+            elif ahead:
+                mbarrier.wait(ready.index(next_stage), next_phase, pred=more)
+                next_words, next_fields = _load_weights(pipe, next_stage, WARPGROUP, 0, TILES, TURNS, left)
             # The trick: one tile's weights are decoded while the one before is multiplied, and the other warpgroup's.
             w = ()
             for block in gl.static_range(4):
-                w = w + (decode_scaled(raw, fields, block),)  # type: ignore[assignment]
+                w = w + (decode_scaled(words, fields, block),)  # type: ignore[assignment]
             for block in gl.static_range(4):
                 accs = _multiply(accs, w[block], x.index(stage * PANELS + block // 2), WIDTH, tile, block)
+            if ahead:
+                words, fields = next_words, next_fields
+            elif tile < TILES - 1:
+                words, fields = _load_weights(pipe, stage, WARPGROUP, tile + 1, TILES, TURNS, left)
         accs = _wait(accs)
+        if not ahead:
+            mbarrier.wait(ready.index(next_stage), next_phase, pred=more)
+            words, fields = _load_weights(pipe, next_stage, WARPGROUP, 0, TILES, TURNS, left)
         mbarrier.arrive(free.index(stage), count=1)
+        stage, phase = next_stage, next_phase
     return accs
