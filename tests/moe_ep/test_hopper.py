@@ -193,6 +193,18 @@ def test_every_kernel_of_the_table_fits_a_multiprocessor(name: str, regime: str,
 
 @pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton came without NVIDIA's tools")
 @pytest.mark.parametrize("regime", [name for name in REGIMES if "warpgroup" in name])
+def test_weights_are_decoded_in_few_instructions(regime: str, tmp_path: Path) -> None:
+    """In all of a group's loop: masks, shifts, products with scales, and whatever else is not multiplying."""
+    both = launches(SHAPES["pro-ep8"], regime)[2]
+    weights = 2 * bound(both).constants["BLOCK_N"] * 128 // 256  # of a group, a thread's
+    for body in loops(disassembled(compiled(both), tmp_path), "HGMMA"):
+        instructions = [step for step in body if re.search(r"/\*[0-9a-f]{4,}\*/", step)]
+        decoding = sum(bool(re.search(r"\b(LOP3|SHF|IMAD|HMUL2|PRMT)\b", step)) for step in instructions)
+        assert decoding <= 1.85 * weights, "13 for 8 weights, and the scales"
+
+
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton came without NVIDIA's tools")
+@pytest.mark.parametrize("regime", [name for name in REGIMES if "warpgroup" in name])
 def test_activations_are_gathered_in_few_instructions(regime: str, tmp_path: Path) -> None:
     """Where they took 7.4 for 16 bytes a lane, a third of them for predicates, the warpgroups waited for them."""
     both = launches(SHAPES["pro-ep8"], regime)[2]
