@@ -200,7 +200,7 @@ def test_weights_are_decoded_in_few_instructions(regime: str, tmp_path: Path) ->
     for body in loops(disassembled(compiled(both), tmp_path), "HGMMA"):
         instructions = [step for step in body if re.search(r"/\*[0-9a-f]{4,}\*/", step)]
         decoding = sum(bool(re.search(r"\b(LOP3|SHF|IMAD|HMUL2|PRMT)\b", step)) for step in instructions)
-        assert decoding <= 1.85 * weights, "13 for 8 weights, and the scales"
+        assert decoding <= 1.88 * weights, "13 for 8 weights, and the scales"
 
 
 @pytest.mark.skipif(not CUOBJDUMP.exists(), reason="Triton came without NVIDIA's tools")
