@@ -83,6 +83,10 @@ class LabSpec:
         """IP address of a node, or of the login host."""
         return f"{SUBNET}.1" if node == LOGIN else f"{SUBNET}.{11 + self.node_names.index(node)}"
 
+    def hardware_address(self, node: str) -> str:
+        """Ethernet address of a node, which like a real one's outlives a boot: else its peers look for the old one."""
+        return f"02:00:00:00:00:{11 + self.node_names.index(node):02x}"
+
     @property
     def spoilt(self) -> Path:
         """Folder with a file for each node on which no container starts."""

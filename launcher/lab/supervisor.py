@@ -103,7 +103,8 @@ class Supervisor:
         inside = children(daemon.pid)
         link = f"v{index}"
         subprocess.run(["ip", "link", "del", link], check=False, capture_output=True)  # of the node's last life
-        self._run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(inside[0]))
+        peer = ["peer", "name", "eth0", "address", spec.hardware_address(node), "netns", str(inside[0])]
+        self._run("ip", "link", "add", link, "type", "veth", *peer)
         self._run("ip", "link", "set", link, "master", _BRIDGE, "up")
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:

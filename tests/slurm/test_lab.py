@@ -1,6 +1,7 @@
 """The lab is a Slurm cluster, looks like beverin, and leaves nothing behind."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -107,11 +108,15 @@ def test_an_ordinary_user_can_have_one() -> None:
 
 
 def test_a_node_can_be_killed_and_started_again(lab: Lab) -> None:
+    link = ("srun", "-N2", "-l", "ip", "-o", "link", "show", "eth0")
+    addresses = sorted(re.findall(r"link/ether (\S+)", lab.ask(*link)))
+    assert len(set(addresses)) == 2
     control.node(lab.spec.root, "kill", SECOND)
     wait_until(lab, SECOND, "down")
     assert states(lab)[FIRST] == "idle"
     control.node(lab.spec.root, "start", SECOND)
     wait_until(lab, SECOND, "idle")
+    assert sorted(re.findall(r"link/ether (\S+)", lab.ask(*link))) == addresses, "its peers know where it is"
 
 
 def test_slurmd_can_be_stopped_while_its_tasks_go_on(lab: Lab, tmp_path: Path) -> None:
